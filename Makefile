@@ -1,0 +1,110 @@
+# prunebook: environment, demo, tests and docs. Needs Python 3.10+ with pip, and GNU make; `make help` lists the targets.
+
+PYTHON ?= python3
+
+# The one place where PyTorch is pinned. This release is served quickly to machines without a GPU;
+# on a CUDA machine you may prefer `make TORCH=torch`, or to install the build you need into .venv yourself.
+TORCH ?= torch==2.13.0
+
+# Notebooks for `make test-notebooks`: all if empty, or for instance NB="15_repair 20_fasp".
+NB ?=
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip install --disable-pip-version-check
+DEMO := demo/smollm2-135m-fasp-0.2
+say   = @printf '\n==> %s\n' "$(1)"
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo test check-export check-clean check-readme docs-check test-notebooks test-unit \
+        sync readme docs clean distclean
+
+help:  ## this list
+	@echo 'make TARGET, where TARGET is one of'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- environment: a stamp file is written only when its step has succeeded, and a second run installs nothing ----------
+
+install: $(VENV)/.ready  ## the library in .venv
+install-dev: $(VENV)/.ready-dev  ## the library and what tests and docs need, in .venv
+
+$(VENV)/.created:
+	$(call say,Making the environment $(VENV) (10 s))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo '$(PYTHON) is not Python 3.10 or later: name one that is, as in make PYTHON=python3.12'; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.created settings.ini setup.py
+	$(call say,Installing $(TORCH) (1 to 5 min: about 200 MB without CUDA and several GB with it))
+	@$(PIP) '$(TORCH)'
+	$(call say,Installing prunebook and what it needs (about 1 min: 150 MB))
+	@$(PIP) -q -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(call say,Installing what tests and docs need (about 1 min: 150 MB))
+	@$(PIP) -q -e '.[dev]'
+	@touch $@
+
+# ---- use --------------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.ready  ## prune SmolLM2-135M by 20 % with FASP and report what it cost
+	$(call say,Pruning SmolLM2-135M by 20 % with FASP into $(DEMO) (a few minutes on two cores))
+	@$(VENV)/bin/prunebook prune smollm2-135m --method fasp --sparsity 0.2 --out $(DEMO) --report --force
+
+# ---- tests: `make test` runs the steps below in this order and stops at the first that fails ----------------------------
+
+STEPS := check-export check-clean check-readme docs-check test-notebooks test-unit
+
+test: $(VENV)/.ready-dev  ## every check below; stops at the first that fails
+	@for step in $(STEPS); do $(MAKE) --no-print-directory $$step || { printf '\n==> FAILED: %s\n' $$step; exit 1; }; done
+	$(call say,All checks passed)
+
+check-export: $(VENV)/.ready-dev  ## is prunebook/ what the notebooks export?
+	$(call say,Step check-export: is prunebook/ in step with the notebooks? (2 s))
+	@$(PY) scripts/check_sync.py export
+
+check-clean: $(VENV)/.ready-dev  ## are the notebooks clean?
+	$(call say,Step check-clean: are the notebooks clean? (2 s))
+	@$(PY) scripts/check_sync.py clean
+
+check-readme: $(VENV)/.ready-dev  ## is README.md what nbs/index.ipynb gives?
+	$(call say,Step check-readme: is README.md in step with nbs/index.ipynb? (1 s))
+	@$(PY) scripts/make_readme.py --check
+
+docs-check: $(VENV)/.ready-dev  ## links, labels, citations, TeX and saved outputs of the docs
+	$(call say,Step docs-check: links and labels and citations and TeX and saved outputs (under 1 min))
+	@$(PY) scripts/check_docs.py
+
+test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
+	$(call say,Step test-notebooks: every notebook from top to bottom (the long one: see the time of each below))
+	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB)
+
+test-unit: $(VENV)/.ready-dev  ## run tests/
+	$(call say,Step test-unit: the tests in tests/ (a few minutes; the slowest are listed at the end))
+	@$(PY) -m pytest tests -q --durations=15
+
+# ---- writing ------------------------------------------------------------------------------------------------------------
+
+sync: $(VENV)/.ready-dev  ## export and clean the notebooks, write README.md
+	$(call say,Exporting and cleaning the notebooks and writing README.md (5 s))
+	@$(VENV)/bin/nbdev_export
+	@$(VENV)/bin/nbdev_clean
+	@$(PY) scripts/make_readme.py
+
+readme:  ## write README.md from nbs/index.ipynb
+	$(call say,Writing README.md (1 s))
+	@$(PYTHON) scripts/make_readme.py
+
+docs: $(VENV)/.ready-dev  ## build the site into _docs/ (needs Quarto 1.7+)
+	$(call say,Building the site with Quarto (a few minutes))
+	@PATH="$(abspath $(VENV)/bin):$$PATH" scripts/build_docs.sh
+
+clean:  ## delete what builds, tests and the demo leave behind
+	$(call say,Deleting generated files (not $(VENV): make distclean))
+	@rm -rf _proc _docs build dist demo .pytest_cache .hypothesis nbs/nbdev.yml nbs/.last_checked
+	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
+
+distclean: clean  ## clean, and delete .venv
+	@rm -rf $(VENV) *.egg-info
