@@ -51,7 +51,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 demo: $(VENV)/.ready  ## prune SmolLM2-135M by 20 % with FASP and report what it cost
 	$(call say,Pruning SmolLM2-135M by 20 % with FASP into $(DEMO) (a few minutes on two cores))
-	@$(VENV)/bin/prunebook prune smollm2-135m --method fasp --sparsity 0.2 --out $(DEMO) --report --force
+	@$(VENV)/bin/prunebook prune smollm2-135m --method fasp --sparsity 0.2 --out $(DEMO) \
+	  --text passages --n 16 --report --force
 
 # ---- tests: `make test` runs the steps below in this order and stops at the first that fails ----------------------------
 

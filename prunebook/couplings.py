@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'KINDS', 'weight_of', 'Family', 'family_of', 'Block', 'anatomy', 'Coupling', 'couplings', 'check_kept',
-           'removed_columns', 'masked', 'couplings_of', 'PaddedValue', 'UnpaddedOutput', 'slice_units',
-           'anatomy_of_sliced']
+           'removed_columns', 'masked', 'couplings_of', 'PaddedValue', 'UnpaddedOutput', 'slice_units']
 
-# %% ../nbs/03_couplings.ipynb #5aac17d0
+# %% ../nbs/03_couplings.ipynb #a7d74d2d
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
@@ -16,14 +15,14 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 from .models import blocks, decoder_linears, n_parameters
 
-# %% ../nbs/03_couplings.ipynb #90380d1b
+# %% ../nbs/03_couplings.ipynb #82025738
 def weight_of(
     module, # `Linear` or `Conv1D`
 ):
     "Weight of a linear layer as (out, in); a view."
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
-# %% ../nbs/03_couplings.ipynb #9b43495e
+# %% ../nbs/03_couplings.ipynb #956dee9d
 @dataclass(frozen=True)
 class Family:
     "How a model family names the parts of a block; paths are relative to the block."
@@ -36,7 +35,7 @@ class Family:
     heads: tuple = ('num_attention_heads', 'num_key_value_heads') # configuration entries of the head counts; empty if they are fixed by the hidden size
     attributes: tuple = (('num_key_value_groups', lambda b: b.heads//b.kv_heads),) # attributes of the attention module to keep in step
 
-# %% ../nbs/03_couplings.ipynb #626c50e8
+# %% ../nbs/03_couplings.ipynb #b59487b6
 _gated = Family()
 FAMILIES = dict(
     llama=_gated, mistral=_gated, qwen2=_gated, qwen3=_gated, gemma=_gated,
@@ -55,7 +54,7 @@ def family_of(
                          'names of its attention, MLP and linear layers.')
     return FAMILIES[kind]
 
-# %% ../nbs/03_couplings.ipynb #309a4bb0
+# %% ../nbs/03_couplings.ipynb #f4ed52c9
 @dataclass
 class Block:
     "Shape and full module names of one decoder block, read off its tensors."
@@ -74,25 +73,23 @@ class Block:
     @property
     def mlp_second(self): return self.path(self.family.mlp_second)
 
-def _head_dim(config):
-    "Size of a query head, from the configuration."
-    return getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
+def _read_block(model, i, fused_heads=None):
+    "The `Block` number `i`; `fused_heads` is the head count where q, k and v are one matrix and the module does not know it yet."
+    family, (prefix, layers), cfg = family_of(model), blocks(model), model.config
+    h, get = getattr(cfg, 'head_dim', None) or cfg.hidden_size//cfg.num_attention_heads, layers[i].get_submodule
+    rows, columns = [weight_of(get(p)).shape[0] for p in family.qkv], weight_of(get(family.out)).shape[1]
+    if len(rows) == 3: H, K = rows[0]//h, rows[1]//h
+    else: H = K = fused_heads or get(family.attention).num_heads
+    return Block(i, f'{prefix}.{i}', family, h, H, K, columns//H, weight_of(get(family.mlp_second)).shape[1])
 
-# %% ../nbs/03_couplings.ipynb #b6cc8849
+# %% ../nbs/03_couplings.ipynb #6e73ba06
 def anatomy(
     model, # a causal language model of `transformers`
 ):
     "The decoder blocks of `model` as a list of `Block`."
-    family, (prefix, layers), h, res = family_of(model), blocks(model), _head_dim(model.config), []
-    for i, block in enumerate(layers):
-        rows = [weight_of(block.get_submodule(p)).shape[0] for p in family.qkv]
-        second, columns = block.get_submodule(family.mlp_second), weight_of(block.get_submodule(family.out)).shape[1]
-        if len(rows) == 1: H = K = getattr(block.get_submodule(family.attention), 'num_heads'); v = columns//H
-        else: H, K = rows[0]//h, rows[1]//h; v = rows[2]//K
-        res.append(Block(i, f'{prefix}.{i}', family, h, H, K, v, weight_of(second).shape[1]))
-    return res
+    return [_read_block(model, i) for i in range(len(blocks(model)[1]))]
 
-# %% ../nbs/03_couplings.ipynb #bad270d3
+# %% ../nbs/03_couplings.ipynb #316a79e9
 @dataclass
 class Coupling:
     "Units that tie rows of some first linears to columns of a second one."
@@ -114,7 +111,7 @@ class Coupling:
 
 KINDS = ('mlp_channel', 'kv_group', 'query_head', 'value_channel') # all kinds of units
 
-# %% ../nbs/03_couplings.ipynb #edeec699
+# %% ../nbs/03_couplings.ipynb #ade1c042
 def _span(n, size, start=0): return start + torch.arange(n*size).view(n, size)
 
 def _attention_tables(b, kind):
@@ -126,7 +123,7 @@ def _attention_tables(b, kind):
     columns = torch.arange(H*v).view(K, g, v).transpose(1, 2).reshape(K*v, g)            # channel c of every query head of the group
     return None, None, _span(K*v, 1), columns
 
-# %% ../nbs/03_couplings.ipynb #f8ec5caa
+# %% ../nbs/03_couplings.ipynb #0398abd8
 def _coupling(model, b, kind):
     "The coupling of one kind in one block."
     family, get = b.family, lambda n: model.get_submodule(n)
@@ -142,7 +139,7 @@ def _coupling(model, b, kind):
     cost = sum(t.shape[1]*per_row(n) for n, t in firsts) + second[1].shape[1]*weight_of(get(second[0])).shape[0]
     return Coupling(b.layer, kind, firsts, second, cost, groups)
 
-# %% ../nbs/03_couplings.ipynb #80370c53
+# %% ../nbs/03_couplings.ipynb #0d583814
 def couplings(
     model, # a causal language model of `transformers`
     kinds=('mlp_channel', 'kv_group'), # kinds of units; at most one of attention
@@ -157,7 +154,7 @@ def couplings(
     if 'query_head' in kinds and all(b.heads == b.kv_heads for b in shapes): raise ValueError('This model has one query head per key-value head; use kv_group.')
     return [_coupling(model, b, k) for b in shapes for k in (*attention, 'mlp_channel') if k in kinds]
 
-# %% ../nbs/03_couplings.ipynb #93a900e4
+# %% ../nbs/03_couplings.ipynb #37941bf2
 def check_kept(
     coupling, # the coupling
     kept, # indices of the units that stay
@@ -180,7 +177,7 @@ def removed_columns(
     gone[check_kept(coupling, kept)] = False
     return coupling.second[1][gone].flatten().sort().values
 
-# %% ../nbs/03_couplings.ipynb #7693701a
+# %% ../nbs/03_couplings.ipynb #f26729e1
 @contextmanager
 @torch.no_grad()
 def masked(
@@ -208,7 +205,7 @@ def couplings_of(
     if missing := [n for n in kept if n not in found]: raise ValueError(f'The model has no coupling {missing[0]!r}.')
     return [found[n] for n in kept]
 
-# %% ../nbs/03_couplings.ipynb #707aa3ba
+# %% ../nbs/03_couplings.ipynb #a0995eeb
 def _resize(module, rows=None, columns=None):
     "Keep some rows and columns of a linear layer, in place."
     W, i, o = weight_of(module).data, slice(None) if columns is None else columns, slice(None) if rows is None else rows
@@ -218,7 +215,7 @@ def _resize(module, rows=None, columns=None):
     if isinstance(module, Conv1D): module.nx, module.nf = module.weight.shape
     else: module.out_features, module.in_features = module.weight.shape
 
-# %% ../nbs/03_couplings.ipynb #2cbc137a
+# %% ../nbs/03_couplings.ipynb #ecadfb68
 class PaddedValue(nn.Linear):
     "A value projection with fewer channels per head, whose output is padded back to the full head size."
     def __init__(self, in_features, out_features, bias, head_dim, value_dim, lead=0):
@@ -242,7 +239,7 @@ class UnpaddedOutput(nn.Linear):
 
     def forward(self, x): return super().forward(self.inputs(x))
 
-# %% ../nbs/03_couplings.ipynb #c2b1e91e
+# %% ../nbs/03_couplings.ipynb #a96fa1d2
 def _replace(model, name, new, old):
     "Put `new` where `old` was, with `old`'s weights as (out, in)."
     new.weight = nn.Parameter(weight_of(old).data.contiguous(), requires_grad=old.weight.requires_grad)
@@ -259,7 +256,7 @@ def _bridge_values(model, b):
         new_o = UnpaddedOutput(b.heads*b.value_dim, d, bias(o), b.head_dim, b.value_dim)
     _replace(model, names[-1], new_v, v); _replace(model, b.out, new_o, o)
 
-# %% ../nbs/03_couplings.ipynb #b98f5dc1
+# %% ../nbs/03_couplings.ipynb #cb950352
 @torch.no_grad()
 def slice_units(
     model, # a causal language model of `transformers`; changed in place
@@ -281,24 +278,11 @@ def slice_units(
         _refresh(model, c, len(units))
     return model
 
-# %% ../nbs/03_couplings.ipynb #706a7cd0
+# %% ../nbs/03_couplings.ipynb #2113968f
 def _refresh(model, c, left):
     "Keep the attention module of a sliced block in step with its tensors."
     if c.kind == 'mlp_channel': return
-    b = anatomy_of_sliced(model, c, left)
+    b = _read_block(model, c.layer, fused_heads=left if c.kind == 'kv_group' else None)
     attention = model.get_submodule(b.path(b.family.attention))
     for name, f in b.family.attributes: setattr(attention, name, f(b))
     if b.value_dim < b.head_dim: _bridge_values(model, b)
-
-def anatomy_of_sliced(
-    model, # the model, its tensors sliced already
-    c, # the attention coupling that was sliced
-    left, # units that are left in it
-):
-    "The `Block` of a coupling that was just sliced, whose attention module does not know yet."
-    family, (prefix, layers), h = family_of(model), blocks(model), _head_dim(model.config)
-    block = layers[c.layer]
-    columns, share = weight_of(block.get_submodule(family.out)).shape[1], left/c.n_units
-    if len(family.qkv) == 3: H, K = (weight_of(block.get_submodule(p)).shape[0]//h for p in family.qkv[:2])
-    else: H = K = round(block.get_submodule(family.attention).num_heads*(share if c.kind == 'kv_group' else 1))
-    return Block(c.layer, f'{prefix}.{c.layer}', family, h, H, K, columns//H, weight_of(block.get_submodule(family.mlp_second)).shape[1])

@@ -6,7 +6,7 @@
 __all__ = ['window_losses', 'Perplexity', 'perplexity', 'loss_difference', 'weight_bytes', 'peak_memory', 'speed', 'measure',
            'report_table', 'plot_report', 'zero_shot']
 
-# %% ../nbs/02_evaluate.ipynb #30bdba40
+# %% ../nbs/02_evaluate.ipynb #e345823b
 import math, os, re, resource, statistics, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .models import decoder_linears, n_parameters
 
-# %% ../nbs/02_evaluate.ipynb #f3cdbdf5
+# %% ../nbs/02_evaluate.ipynb #77a6f396
 @torch.no_grad()
 def window_losses(
     model, # a causal language model
@@ -30,7 +30,7 @@ def window_losses(
         losses += [F.cross_entropy(l[:-1].float(), i[1:]).double().cpu() for l, i in zip(logits, ids)]
     return torch.stack(losses)
 
-# %% ../nbs/02_evaluate.ipynb #d82b1491
+# %% ../nbs/02_evaluate.ipynb #c473dae1
 @dataclass
 class Perplexity:
     "Perplexity of a model on some windows, with the standard error that comes from the choice of windows."
@@ -50,7 +50,7 @@ def perplexity(
     "Perplexity of `model` on `windows` (eqs. ppl and se)."
     return Perplexity(window_losses(model, windows, batch_size))
 
-# %% ../nbs/02_evaluate.ipynb #deab98f0
+# %% ../nbs/02_evaluate.ipynb #d800ef55
 def loss_difference(
     before, # `Perplexity` of one model
     after, # `Perplexity` of another on the same windows
@@ -58,9 +58,9 @@ def loss_difference(
     "Mean increase in loss from `before` to `after`, in nats per token, and its standard error, paired by window."
     if len(before.losses) != len(after.losses): raise ValueError(f'{len(before.losses)} and {len(after.losses)} windows cannot be paired; evaluate both models on the same ones.')
     d = after.losses - before.losses
-    return d.mean().item(), d.std().item()/math.sqrt(len(d))
+    return d.mean().item(), d.std().item()/math.sqrt(len(d)) if len(d) > 1 else float('nan')
 
-# %% ../nbs/02_evaluate.ipynb #6a0cf88b
+# %% ../nbs/02_evaluate.ipynb #4f9bc8c5
 def weight_bytes(
     model, # any torch module
 ):
@@ -91,7 +91,7 @@ def peak_memory(
     else: r['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
     r['extra'] = r['peak'] - start
 
-# %% ../nbs/02_evaluate.ipynb #3e013d59
+# %% ../nbs/02_evaluate.ipynb #d050af31
 def _timed(f, device):
     "Seconds that `f()` takes, on a device that may run ahead."
     def sync():
@@ -102,12 +102,13 @@ def _timed(f, device):
 @torch.no_grad()
 def speed(
     model, # a causal language model
-    prompt=256, # tokens of the prompt that is read at once
+    prompt=256, # tokens of the prompt that is read at once; fewer if the model has fewer positions
     new=16, # tokens written one by one after it
     batch_size=1, # sequences at the same time
     repeats=5, # timed runs, after one that is not
 ):
     "Tokens per second of prefill and decode: dict of name -> (median, smallest, largest)."
+    prompt = min(prompt, (getattr(model.config, 'max_position_embeddings', None) or prompt + new*(repeats + 1)) - new)
     ids = torch.randint(0, model.config.vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     def prefill(): state['cache'] = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     def decode():
@@ -119,7 +120,7 @@ def speed(
     rates = {k: sorted(n*batch_size/s for s in seconds[k][1:]) for k, n in [('prefill', prompt), ('decode', new)]}
     return {k: (statistics.median(v), v[0], v[-1]) for k, v in rates.items()}
 
-# %% ../nbs/02_evaluate.ipynb #a7e268db
+# %% ../nbs/02_evaluate.ipynb #4e11ec92
 @torch.no_grad()
 def measure(
     model, # a causal language model
@@ -150,9 +151,9 @@ def report_table(
     d, e = loss_difference(before['perplexity'], after['perplexity'])
     return '\n'.join(['| | before | after | ratio |', '|---|---|---|---|', *rows, '',
                       f'The loss rises by {d:.3f} ± {e:.3f} nats per token (paired, {before["windows"]}).', '',
-                      *[f'> **{name}:** {m["sample"]}\n' for name, m in [('before', before), ('after', after)]]])
+                      *[f'> **{name}:** {" ".join(m["sample"].split())}\n' for name, m in [('before', before), ('after', after)]]])
 
-# %% ../nbs/02_evaluate.ipynb #9eeb0750
+# %% ../nbs/02_evaluate.ipynb #e1426d4a
 def plot_report(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
@@ -171,15 +172,15 @@ def plot_report(
     bars = ax.barh([x[0] for x in b], ratio, xerr=err, color=['#cc6677', *['#4477aa']*(len(b) - 3), '#228833', '#228833'], capsize=3)
     ax.bar_label(bars, [f'{r:.2f}' for r in ratio], padding=6)
     ax.axvline(1, color='grey', ls=':'); ax.invert_yaxis()
-    ax.set(xlabel='after / before', title=title, xlim=(0, 1.25*max(r + e for r, e in zip(ratio, err[1])))); ax.spines[['top', 'right']].set_visible(False)
+    ax.set(xlabel='after / before', title=title, xlim=(0, 1.25*max(r + e for r, e in zip(ratio, err[1]) if math.isfinite(r + e)))); ax.spines[['top', 'right']].set_visible(False)
     fig.tight_layout()
     return fig
 
-# %% ../nbs/02_evaluate.ipynb #c9cc1400
+# %% ../nbs/02_evaluate.ipynb #def45ded
 def zero_shot(
     model, # a causal language model in memory
     tokenizer, # its tokenizer
-    tasks, # names of `lm_eval` tasks
+    tasks, # names of `lm_eval` tasks, or one name
     task_folder=None, # folder with task files of your own
     limit=None, # examples per task; all by default
     batch_size=8, # requests in a forward pass
@@ -192,5 +193,6 @@ def zero_shot(
     except ImportError as e: raise ImportError('Zero-shot tasks need lm_eval: pip install "prunebook[eval]"') from e
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     manager = TaskManager(include_path=str(task_folder) if task_folder else None)
-    r = simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000)
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    r = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)
     return {t: {k: v for k, v in m.items() if isinstance(v, (int, float))} for t, m in r['results'].items()}

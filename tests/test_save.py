@@ -1,0 +1,414 @@
+"""What is loaded is what was saved, bit for bit; and nothing but whole folders is ever left or accepted."""
+import copy
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prunebook import models as models_module, save as save_module
+from prunebook.couplings import PaddedValue, UnpaddedOutput, anatomy, couplings, slice_units
+from prunebook.fasp import FASP
+from prunebook.methods import prune
+from prunebook.models import MANIFEST, TINY, is_complete, tiny_model
+from prunebook.save import fits_stock_class, load_pruned, modeling_source, narrow_config, save_pruned, stock_class
+from prunebook.text import Windows
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
+IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+fork = multiprocessing.get_context('fork') if hasattr(os, 'fork') else None
+
+
+@pytest.fixture(scope='module')
+def own_modules(tmp_path_factory):
+    "A place of our own for the copies that transformers makes of modelling files."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path_factory.mktemp('modules')))
+        m.setattr(sys, 'path', list(sys.path))
+        yield
+
+
+# ---- what is saved --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def logits(m): return m(IDS).logits
+
+
+def take(m, kinds, ragged=False, share=.4):
+    "Remove the first units of every group; ragged: a different number in every block."
+    kept = {}
+    for c in couplings(m, kinds):
+        size = c.n_units//c.groups
+        gone = min(size - 1, max(1, int(size*share)) if not ragged else c.layer)
+        kept[c.name] = [i for i in range(c.n_units) if i % size >= gone]
+    return slice_units(m, kept)
+
+
+def heads(m): return 'kv_group' if anatomy(m)[0].kv_heads > 1 else 'query_head'
+
+
+def bfloat16(m):
+    "As `from_pretrained` does it: parameters only. (`m.bfloat16()` would round the frequencies of the rotary embedding, too, which are not saved.)"
+    for p in m.parameters(): p.data = p.data.bfloat16()
+    return m
+
+
+VARIANTS = dict(dense=lambda m: m, mlp=lambda m: take(m, 'mlp_channel'), heads=lambda m: take(m, (heads(m), 'mlp_channel')), ragged=lambda m: take(m, 'mlp_channel', True),
+                ragged_heads=lambda m: take(m, (heads(m), 'mlp_channel'), True), values=lambda m: take(m, 'value_channel'),
+                values_and_mlp=lambda m: take(m, ('value_channel', 'mlp_channel'), True))
+
+
+def survives(m, folder):
+    "Save and load; both models compute the same bits, and the saved one is as before."
+    before, config = logits(m), m.config.to_dict()
+    assert save_pruned(m, None, folder) == Path(folder)
+    assert m.config.to_dict() == config and torch.equal(logits(m), before)
+    again, tokenizer, plan = load_pruned(folder, device='cpu')
+    assert tokenizer is None and plan is None and not again.training
+    assert {p.dtype for p in again.parameters()} == {m.dtype}
+    assert torch.equal(logits(again), before)
+    assert [n for n, _ in again.named_parameters()] == [n for n, _ in m.named_parameters()]   # ties included
+    return again
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('family', TINY)
+def test_bit_for_bit(family, variant, tmp_path):
+    m = VARIANTS[variant](tiny_model(family))
+    again = survives(m, tmp_path/'saved')
+    stock = fits_stock_class(m)
+    assert stock == (variant in ('dense', 'mlp') or variant == 'heads' and family not in ('opt', 'gpt2'))
+    assert (tmp_path/'saved'/'modeling_pruned.py').exists() != stock
+    assert type(again).__module__.startswith('transformers.models.') == stock and stock_class(again) is type(tiny_model(family))
+    assert [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(again)] == [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(m)]
+
+
+@pytest.mark.parametrize('variant', ['mlp', 'ragged', 'values_and_mlp'])
+@pytest.mark.parametrize('family', TINY)
+def test_bit_for_bit_in_bfloat16(family, variant, tmp_path):
+    m = VARIANTS[variant](bfloat16(tiny_model(family)))
+    again = survives(m, tmp_path/'saved')
+    if variant == 'mlp':
+        wide, _, _ = load_pruned(tmp_path/'saved', device='cpu', dtype=torch.float32)
+        assert wide.dtype == torch.float32 and torch.equal(wide.lm_head.weight, again.lm_head.weight.float())
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_the_loaded_model_generates(family, tmp_path):
+    m = VARIANTS['values_and_mlp'](tiny_model(family))
+    again = survives(m, tmp_path/'saved')
+    kw = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = m.generate(IDS, use_cache=False, **kw)
+    for cache in (True, False): assert torch.equal(again.generate(IDS, use_cache=cache, **kw), expected)
+    assert torch.equal(again.get_input_embeddings().weight, m.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_uniform_widths_are_an_ordinary_model(family, tmp_path):
+    "Plain transformers, no trust_remote_code, no trace of this package."
+    m = VARIANTS['mlp'](tiny_model(family))
+    save_pruned(m, None, tmp_path/'saved')
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path/'saved')
+    assert type(plain) is type(m) and torch.equal(logits(plain.eval()), logits(m))
+    cfg = json.loads((tmp_path/'saved'/'config.json').read_text())
+    assert cfg['architectures'] == [type(m).__name__] and not {'auto_map', 'pruned'} & cfg.keys() and 'prunebook' not in json.dumps(cfg)
+    assert not list((tmp_path/'saved').glob('*.py'))
+    assert narrow_config(m).to_dict() != m.config.to_dict() and anatomy(m)[0].mlp_width == 23 != 37
+
+
+def test_two_folders_of_one_name_do_not_mix(tmp_path):
+    "transformers keeps copies of modelling files by folder name."
+    saved = {f: VARIANTS['values'](tiny_model(f)) for f in ('llama', 'gpt2', 'qwen2')}
+    for f, m in saved.items(): save_pruned(m, None, tmp_path/f/'pruned')
+    for f, m in [*saved.items(), *saved.items()]: assert torch.equal(logits(load_pruned(tmp_path/f/'pruned', device='cpu')[0]), logits(m))
+    other = VARIANTS['values_and_mlp'](tiny_model('llama'))
+    save_pruned(other, None, tmp_path/'llama'/'pruned', overwrite=True)
+    assert torch.equal(logits(load_pruned(tmp_path/'llama'/'pruned', device='cpu')[0]), logits(other))
+
+
+CHECK = '''
+import sys; sys.modules['prunebook'] = None
+import torch, transformers
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    m = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype='auto').eval()
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad(): print(m(ids).logits.double().sum().item().hex())
+    a, b = (m.generate(ids, use_cache=c, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist() for c in (True, False))
+    print(a, a == b)
+assert not any(n.startswith('prunebook') for n, x in sys.modules.items() if x)
+'''
+
+
+def test_a_fresh_process_without_this_package(tmp_path):
+    "Grouped-query families with narrow value heads, equal or not; and GPT-2 with its fused projection."
+    saved = {}
+    for family, variant in [('llama', 'values_and_mlp'), ('qwen2', 'values'), ('gpt2', 'values_and_mlp'), ('mistral', 'mlp')]:
+        saved[f'{family}-{variant}'] = m = VARIANTS[variant](tiny_model(family))
+        save_pruned(m, None, tmp_path/f'{family}-{variant}')
+    r = subprocess.run([sys.executable, '-c', CHECK, *[str(tmp_path/n) for n in saved]], capture_output=True, text=True, cwd=tmp_path,
+                       env={**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_MODULES_CACHE': str(tmp_path/'modules'), 'OMP_NUM_THREADS': '1'})
+    lines, ids = r.stdout.splitlines(), torch.arange(3, 27).view(2, 12)
+    assert r.returncode == 0 and len(lines) == 8, r.stderr
+    for i, m in enumerate(saved.values()):
+        with torch.no_grad(): assert float.fromhex(lines[2*i]) == m(ids).logits.double().sum().item()
+        assert lines[2*i + 1] == f'{m.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()} True'
+
+
+# ---- again and again ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('first,then', [('mlp', 'mlp'), ('mlp', 'ragged'), ('mlp', 'values'), ('ragged', 'ragged'), ('ragged', 'values'), ('values', 'values'),
+                                        ('values', 'mlp'), ('values_and_mlp', 'ragged'), ('values', 'dense'), ('ragged', 'dense'), ('heads', 'mlp'), ('ragged_heads', 'heads')])
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'opt', 'phi'])
+def test_save_load_prune_save_load(family, first, then, tmp_path):
+    once = survives(VARIANTS[first](tiny_model(family)), tmp_path/'once')
+    survives(VARIANTS[then](once), tmp_path/'twice')
+
+
+@pytest.mark.parametrize('family', ['llama', 'opt', 'gpt2'])
+@pytest.mark.parametrize('units', [('mlp_channel',), ('value_channel', 'mlp_channel')])
+def test_fasp_twice_with_a_folder_between(family, units, tmp_path, tiny_tokenizer):
+    w = Windows(torch.randint(3, 97, (4, 20), generator=torch.Generator().manual_seed(1)), 'random')
+    m, first = prune(tiny_model(family), w, FASP(units=units), .2)
+    save_pruned(m, first, tmp_path/'once', tiny_tokenizer)
+    once, tokenizer, plan = load_pruned(tmp_path/'once', device='cpu')
+    assert plan == first and tokenizer('The cat').input_ids == tiny_tokenizer('The cat').input_ids
+    with pytest.raises(ValueError, match='load the dense model'): plan.apply(once)
+    expected, second = prune(m, w, FASP(units=units), .2)
+    again, plan = prune(once, w, FASP(units=units), .2)
+    assert plan == second and torch.equal(logits(again), logits(expected))
+    survives(again, tmp_path/'twice')
+
+
+def test_an_extraordinary_model_that_becomes_ordinary(tmp_path):
+    once = survives(VARIANTS['ragged'](tiny_model('llama')), tmp_path/'once')
+    even = slice_units(once, {f'{i}.mlp_channel': list(range(20)) for i in range(3)})
+    survives(even, tmp_path/'even')
+    assert fits_stock_class(even) and not list((tmp_path/'even').glob('*.py'))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path/'even')) is type(tiny_model('llama'))
+
+
+def test_loaded_bridges_are_recognised(tmp_path):
+    "Classes from a modelling file are other classes than ours."
+    once = survives(VARIANTS['values'](tiny_model('llama')), tmp_path/'once')
+    assert not any(isinstance(m, (PaddedValue, UnpaddedOutput)) for m in once.modules())
+    assert not fits_stock_class(once)
+    linears = save_module.layout(once)['linears']
+    assert linears == save_module.layout(VARIANTS['values'](tiny_model('llama')))['linears']
+
+
+def test_modelling_source_is_python_without_this_package():
+    for family in TINY:
+        source = modeling_source(tiny_model(family))
+        compile(source, 'modeling_pruned.py', 'exec')
+        assert 'import prunebook' not in source and 'from prunebook' not in source
+
+
+# ---- what else is in the folder -------------------------------------------------------------------------------------
+
+def test_plan_tokenizer_and_manifest_are_there(tmp_path, tiny_tokenizer):
+    w = Windows(torch.randint(3, 97, (4, 20), generator=torch.Generator().manual_seed(1)), 'random')
+    dense = tiny_model('llama')
+    small, plan = prune(dense, w, FASP(units=('value_channel', 'mlp_channel')), .3)
+    folder = save_pruned(small, plan, tmp_path/'a'/'b', tiny_tokenizer)
+    names = {p.name for p in folder.iterdir()}
+    assert {'config.json', 'model.safetensors', 'modeling_pruned.py', 'plan.json', 'tokenizer.json', 'tokenizer_config.json', MANIFEST} <= names
+    assert json.loads((folder/MANIFEST).read_text()).keys() == names - {MANIFEST}
+    again, tokenizer, read = load_pruned(str(folder), device='cpu')
+    assert read == plan and torch.equal(logits(again), logits(small))
+    assert tokenizer.decode(tokenizer('a "b"\nc').input_ids, skip_special_tokens=True) == 'a "b"\nc'
+    assert repr(read.apply(copy.deepcopy(dense))) == repr(small)
+    assert os.stat(folder).st_mode & 0o777 == 0o755
+    assert [p.name for p in folder.parent.iterdir()] == ['b']
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+def breaks_with(m, error, when='partial'):
+    "Make `save_pretrained` of a model write part of a file, and then fail."
+    def save_pretrained(folder, *args, **kw):
+        (Path(folder)/'model.safetensors').write_bytes(b'x'*100)
+        if when == 'late': type(m).save_pretrained(m, folder)
+        raise error
+    m.save_pretrained = save_pretrained
+    return m
+
+
+def full(): return OSError(errno.ENOSPC, 'No space left on device')
+
+
+@pytest.mark.parametrize('when', ['partial', 'late'])
+@pytest.mark.parametrize('variant', ['mlp', 'values'])
+def test_a_full_disk_leaves_nothing(variant, when, tmp_path):
+    m = VARIANTS[variant](tiny_model('llama'))
+    config = m.config
+    with pytest.raises(OSError, match='Could not save to .*target.*No space left on device.*Nothing was left there'): save_pruned(breaks_with(m, full(), when), None, tmp_path/'target')
+    assert list(tmp_path.iterdir()) == [] and m.config is config
+    del m.save_pretrained
+    survives(m, tmp_path/'target')
+
+
+def test_a_disk_that_fills_up_while_weights_are_written(tmp_path):
+    "Not an injected error: the system refuses the write."
+    resource = pytest.importorskip('resource')
+    m, (soft, hard) = tiny_model('llama'), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
+    try:
+        with pytest.raises(OSError, match='Could not save to .*target'): save_pruned(m, None, tmp_path/'target')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_after_the_weights(tmp_path, tiny_tokenizer, monkeypatch):
+    def fail(*args): raise full()
+    for where in ('write_manifest', '_write_model'):
+        with monkeypatch.context() as mp:
+            mp.setattr(save_module, where, fail)
+            with pytest.raises(OSError, match='Nothing was left'): save_pruned(tiny_model('opt'), None, tmp_path/'target', tiny_tokenizer)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_is_seen_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_module.shutil, 'disk_usage', lambda p: type('usage', (), dict(free=1000))())
+    monkeypatch.setattr(save_module, '_write_model', lambda *a: pytest.fail('work was begun'))
+    with pytest.raises(OSError, match='MiB left and the model needs'): save_pruned(tiny_model('opt'), None, tmp_path/'deep'/'target')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('odd'), MemoryError()])
+def test_an_interruption_leaves_nothing(error, tmp_path):
+    m = tiny_model('gpt2')
+    config = m.config
+    with pytest.raises(type(error)): save_pruned(breaks_with(m, error, 'late'), None, tmp_path/'target')
+    assert list(tmp_path.iterdir()) == [] and m.config is config
+
+
+def saved_before(tmp_path):
+    old = VARIANTS['values'](tiny_model('llama', seed=7))
+    save_pruned(old, None, tmp_path/'target')
+    return old
+
+
+def still_there(tmp_path, old): return [p.name for p in tmp_path.iterdir()] == ['target'] and torch.equal(logits(load_pruned(tmp_path/'target', device='cpu')[0]), logits(old))
+
+
+@pytest.mark.parametrize('error', [full(), KeyboardInterrupt()])
+def test_failing_to_overwrite_keeps_the_old_folder(error, tmp_path):
+    old = saved_before(tmp_path)
+    with pytest.raises(type(error)): save_pruned(breaks_with(tiny_model('llama'), error), None, tmp_path/'target', overwrite=True)
+    assert still_there(tmp_path, old)
+    new = tiny_model('gpt2')
+    save_pruned(new, None, tmp_path/'target', overwrite=True)
+    assert still_there(tmp_path, new)
+
+
+def test_a_failing_rename_keeps_the_old_folder(tmp_path, monkeypatch):
+    "The old folder is moved aside first; it must come back if the new one cannot take its place."
+    old, rename = saved_before(tmp_path), Path.rename
+    def fail(self, target):
+        if Path(target).name == 'target' and '-old' not in self.name: raise OSError(errno.EACCES, 'Permission denied')
+        return rename(self, target)
+    with monkeypatch.context() as mp:
+        mp.setattr(Path, 'rename', fail)
+        with pytest.raises(OSError, match='Permission denied'): save_pruned(tiny_model('llama'), None, tmp_path/'target', overwrite=True)
+    assert still_there(tmp_path, old)
+
+
+def test_an_existing_folder_is_not_touched(tmp_path):
+    old = saved_before(tmp_path)
+    with pytest.raises(FileExistsError, match='target exists already'): save_pruned(tiny_model('llama'), None, tmp_path/'target')
+    assert still_there(tmp_path, old)
+
+
+def test_overwriting_a_file_leaves_no_rest(tmp_path):
+    (tmp_path/'target').write_text('a file')
+    try: save_pruned(tiny_model('llama'), None, tmp_path/'target', overwrite=True)
+    except OSError: assert (tmp_path/'target').read_text() == 'a file'
+    assert [p.name for p in tmp_path.iterdir()] == ['target']
+
+
+def _save_and_wait(folder, started, overwrite):
+    "In another process: write the weights, tell, and hang."
+    torch.set_num_threads(1)
+    m = tiny_model('llama')
+    def save_pretrained(tmp, *args, **kw):
+        type(m).save_pretrained(m, tmp)
+        started.set()
+        time.sleep(60)
+    m.save_pretrained = save_pretrained
+    save_pruned(m, None, folder, overwrite=overwrite)
+
+
+@pytest.mark.skipif(fork is None, reason='needs fork')
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_a_killed_process_leaves_no_folder_that_loads(overwrite, tmp_path):
+    old = saved_before(tmp_path) if overwrite else None
+    started = fork.Event()
+    p = fork.Process(target=_save_and_wait, args=(tmp_path/'target', started, overwrite))
+    p.start()
+    assert started.wait(60)
+    p.kill()
+    p.join()
+    assert p.exitcode == -signal.SIGKILL
+    rest = [x for x in tmp_path.iterdir() if x.name != 'target']
+    assert len(rest) == 1 and (rest[0]/'model.safetensors').exists()                          # it was in the middle
+    with pytest.raises(ValueError, match='not a folder of save_pruned'): load_pruned(rest[0])
+    if overwrite: assert torch.equal(logits(load_pruned(tmp_path/'target', device='cpu')[0]), logits(old))
+    else: assert not (tmp_path/'target').exists()
+    m = tiny_model('opt')
+    save_pruned(m, None, tmp_path/'target', overwrite=overwrite)                              # and one can go on
+    assert torch.equal(logits(load_pruned(tmp_path/'target', device='cpu')[0]), logits(m))
+
+
+# ---- damaged folders ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'modeling_pruned.py', 'generation_config.json'])
+@pytest.mark.parametrize('how', ['cut', 'longer', 'missing'])
+def test_damaged_files_are_refused(name, how, tmp_path):
+    saved_before(tmp_path)
+    path = tmp_path/'target'/name
+    data = path.read_bytes()
+    if how == 'missing': path.unlink()
+    else: path.write_bytes(data[:-1] if how == 'cut' else data + b'\n')
+    with pytest.raises(ValueError, match='target is damaged: a file is missing or cut short'): load_pruned(tmp_path/'target')
+    path.write_bytes(data)
+    load_pruned(tmp_path/'target', device='cpu')
+
+
+def test_a_missing_manifest_is_refused(tmp_path):
+    saved_before(tmp_path)
+    (tmp_path/'target'/MANIFEST).unlink()
+    with pytest.raises(ValueError, match=f'not a folder of save_pruned: it has no {MANIFEST}'): load_pruned(tmp_path/'target')
+    with pytest.raises(ValueError, match='not a folder'): load_pruned(tmp_path/'nowhere')
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'{"config.json": 3', b'null', b'[]', b'3', b'\x80\x81', b'{"config.json": "x"}', b'{"../target": 1}'])
+def test_a_damaged_manifest_is_refused(content, tmp_path):
+    saved_before(tmp_path)
+    (tmp_path/'target'/MANIFEST).write_bytes(content)
+    assert not is_complete(tmp_path/'target')
+    with pytest.raises(ValueError, match='is damaged'): load_pruned(tmp_path/'target')
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+    _, plan = prune(tiny_model('llama'), Windows(IDS, 'random'), FASP(), .1)
+    folder = save_pruned(tiny_model('llama'), plan, tmp_path/'target')
+    (folder/'plan.json').write_text('{"method": "x"' + ' '*((folder/'plan.json').stat().st_size - 14))      # same size
+    with pytest.raises(ValueError, match='plan.json is not a pruning plan'): load_pruned(folder, device='cpu')
+
+
+def test_atomic_folder_cleans_up_when_the_copy_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), models_module.atomic_folder(tmp_path/'x') as tmp:
+        (tmp/'sub').mkdir()
+        (tmp/'sub'/'file').write_text('x')
+        1/0
+    assert list(tmp_path.iterdir()) == []
