@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'timed_forward', 'timed_prune', 'cmd_prune', 'result_record', 'cmd_eval', 'cmd_inspect', 'main']
 
-# %% ../nbs/99_cli.ipynb #c502bd41
+# %% ../nbs/99_cli.ipynb #72ad6367
 import json, os, platform, sys, time
 from pathlib import Path
 from fastcore.script import anno_parser, store_true
 
-# %% ../nbs/99_cli.ipynb #4cdbbdc1
+# %% ../nbs/99_cli.ipynb #be7d2729
 def _say(text): print(text, file=sys.stderr, flush=True)
 
 def _text(source):
@@ -32,7 +32,7 @@ def _load(model, device, dtype, trust=False):
     trust = trust or (Path(model)/MANIFEST).exists() and (Path(model)/'modeling_pruned.py').exists()
     return load_model(model, device, dtype and getattr(torch, dtype), trust_remote_code=trust)
 
-# %% ../nbs/99_cli.ipynb #30e530a1
+# %% ../nbs/99_cli.ipynb #cc59d77a
 def _machine(model):
     "What a result says about where it was measured."
     import torch
@@ -44,7 +44,7 @@ def _as_json(m):
     "A `measure` with its perplexity as numbers."
     return {**m, 'perplexity': dict(value=m['perplexity'].value, stderr=m['perplexity'].stderr, windows=len(m['perplexity'].losses))}
 
-# %% ../nbs/99_cli.ipynb #14a78945
+# %% ../nbs/99_cli.ipynb #dc3d582e
 def _clock(f, device):
     "Result, wall seconds and CPU seconds of `f()`."
     import torch
@@ -81,7 +81,7 @@ def timed_prune(
     if forward: seconds.update(forward=forward[0], forward_cpu=forward[1], in_forward_passes=wall_p/forward[0], in_forward_passes_cpu=cpu_p/forward[1])
     return small, plan, seconds, memory['extra']
 
-# %% ../nbs/99_cli.ipynb #b010c409
+# %% ../nbs/99_cli.ipynb #bdfa5efe
 def cmd_prune(
     model:str, # smollm2-135m, a model folder, or a hub id
     out:str=None, # folder to make
@@ -113,7 +113,7 @@ def cmd_prune(
     after = _measured(small, tokenizer, test, 'pruned') if report else None
     return _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, before=before, after=after, seconds=seconds, peak_extra_bytes=extra))
 
-# %% ../nbs/99_cli.ipynb #9a77a751
+# %% ../nbs/99_cli.ipynb #22cc4736
 def _method(name, settings):
     "A method by name, with settings from a JSON string."
     from prunebook.methods import as_method
@@ -141,7 +141,7 @@ def _measured(model, tokenizer, windows, which):
     _say(f'Measuring the {which} model on {windows!r} ...')
     return measure(model, tokenizer, windows)
 
-# %% ../nbs/99_cli.ipynb #adec5f3d
+# %% ../nbs/99_cli.ipynb #b24a2876
 def result_record(
     model, # the pruned model
     plan, # its `PrunePlan`
@@ -161,7 +161,7 @@ def result_record(
     both = {k: dict(before=b[k], after=a[k]) for k in ('perplexity', 'parameters', 'linear_parameters', 'bytes', 'speed', 'sample')}
     return {**r, **both, 'evaluation': before['windows']}
 
-# %% ../nbs/99_cli.ipynb #2d2b52f6
+# %% ../nbs/99_cli.ipynb #6e0f8b0d
 def _finish(model, tokenizer, plan, out, force, as_json, r):
     "Save everything and print the result."
     from prunebook.evaluate import plot_report, report_table
@@ -182,7 +182,7 @@ def _finish(model, tokenizer, plan, out, force, as_json, r):
     print(f'Saved in {out}: load it with AutoModelForCausalLM.from_pretrained' + ('.' if record['plain_transformers'] else '(..., trust_remote_code=True).'))
     if before: print(f'Report and plot: {out/"report.md"}, {out/"report.png"}.')
 
-# %% ../nbs/99_cli.ipynb #5d39a40e
+# %% ../nbs/99_cli.ipynb #7a273feb
 def cmd_eval(
     model:str, # smollm2-135m, a model folder (pruned or not), or a hub id
     text:str='wikitext2', # evaluation text: wikitext2, passages, or a text file
@@ -203,10 +203,10 @@ def cmd_eval(
     print('\n'.join([f'{label:22} {shown}' for label, _, shown in _lines(m)] + [f'{"windows":22} {m["windows"]}', f'{"sample":22} {m["sample"]}']))
     for t, r in scores.items(): print(f'{t:22} {r}')
 
-# %% ../nbs/99_cli.ipynb #a3ecb268
+# %% ../nbs/99_cli.ipynb #b838917e
 def _dumps(x): return json.dumps(x, indent=1)
 
-# %% ../nbs/99_cli.ipynb #57508eb3
+# %% ../nbs/99_cli.ipynb #1e27007a
 def cmd_inspect(
     model:str, # smollm2-135m, a model folder, or a hub id
     json:store_true=False, # print the result as JSON
@@ -228,7 +228,7 @@ def cmd_inspect(
         if k != 'units': print(f'{k:20} {v}')
     for kind, v in r.items(): print(f'\n{kind}: {v["units"]} units, {v["share_of_decoder"]:.1%} of the decoder\n  block {v["first"]}')
 
-# %% ../nbs/99_cli.ipynb #a3bd926f
+# %% ../nbs/99_cli.ipynb #95dbe701
 COMMANDS = dict(prune=cmd_prune, eval=cmd_eval, inspect=cmd_inspect) # the commands, by name
 
 def main(

@@ -6,7 +6,7 @@
 __all__ = ['window_losses', 'Perplexity', 'perplexity', 'loss_difference', 'weight_bytes', 'peak_memory', 'speed', 'measure',
            'report_table', 'plot_report', 'zero_shot']
 
-# %% ../nbs/02_evaluate.ipynb #e345823b
+# %% ../nbs/02_evaluate.ipynb #3f2c4b8a
 import math, os, re, resource, statistics, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .models import decoder_linears, n_parameters
 
-# %% ../nbs/02_evaluate.ipynb #77a6f396
+# %% ../nbs/02_evaluate.ipynb #df4f0451
 @torch.no_grad()
 def window_losses(
     model, # a causal language model
@@ -30,7 +30,7 @@ def window_losses(
         losses += [F.cross_entropy(l[:-1].float(), i[1:]).double().cpu() for l, i in zip(logits, ids)]
     return torch.stack(losses)
 
-# %% ../nbs/02_evaluate.ipynb #c473dae1
+# %% ../nbs/02_evaluate.ipynb #fece36f7
 @dataclass
 class Perplexity:
     "Perplexity of a model on some windows, with the standard error that comes from the choice of windows."
@@ -50,7 +50,7 @@ def perplexity(
     "Perplexity of `model` on `windows` (eqs. ppl and se)."
     return Perplexity(window_losses(model, windows, batch_size))
 
-# %% ../nbs/02_evaluate.ipynb #d800ef55
+# %% ../nbs/02_evaluate.ipynb #62207d4c
 def loss_difference(
     before, # `Perplexity` of one model
     after, # `Perplexity` of another on the same windows
@@ -60,7 +60,7 @@ def loss_difference(
     d = after.losses - before.losses
     return d.mean().item(), d.std().item()/math.sqrt(len(d)) if len(d) > 1 else float('nan')
 
-# %% ../nbs/02_evaluate.ipynb #4f9bc8c5
+# %% ../nbs/02_evaluate.ipynb #69cd036e
 def weight_bytes(
     model, # any torch module
 ):
@@ -91,7 +91,7 @@ def peak_memory(
     else: r['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
     r['extra'] = r['peak'] - start
 
-# %% ../nbs/02_evaluate.ipynb #d050af31
+# %% ../nbs/02_evaluate.ipynb #e9599ecb
 def _timed(f, device):
     "Seconds that `f()` takes, on a device that may run ahead."
     def sync():
@@ -120,7 +120,7 @@ def speed(
     rates = {k: sorted(n*batch_size/s for s in seconds[k][1:]) for k, n in [('prefill', prompt), ('decode', new)]}
     return {k: (statistics.median(v), v[0], v[-1]) for k, v in rates.items()}
 
-# %% ../nbs/02_evaluate.ipynb #4e11ec92
+# %% ../nbs/02_evaluate.ipynb #220eafcb
 @torch.no_grad()
 def measure(
     model, # a causal language model
@@ -153,7 +153,7 @@ def report_table(
                       f'The loss rises by {d:.3f} ± {e:.3f} nats per token (paired, {before["windows"]}).', '',
                       *[f'> **{name}:** {" ".join(m["sample"].split())}\n' for name, m in [('before', before), ('after', after)]]])
 
-# %% ../nbs/02_evaluate.ipynb #e1426d4a
+# %% ../nbs/02_evaluate.ipynb #ff7fba8f
 def plot_report(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
@@ -176,7 +176,7 @@ def plot_report(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/02_evaluate.ipynb #def45ded
+# %% ../nbs/02_evaluate.ipynb #62ff0a76
 def zero_shot(
     model, # a causal language model in memory
     tokenizer, # its tokenizer

