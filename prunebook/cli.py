@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'timed_forward', 'timed_prune', 'cmd_prune', 'result_record', 'cmd_eval', 'cmd_inspect', 'main']
 
 # %% ../nbs/99_cli.ipynb #72ad6367
-import json, os, platform, sys, time
+import json, math, os, platform, sys, time
 from pathlib import Path
 from fastcore.script import anno_parser, store_true
 
@@ -120,8 +120,11 @@ def _method(name, settings):
     method = as_method(name)
     try: values = json.loads(settings)
     except ValueError as e: raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
+    if not isinstance(values, dict): raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
     if unknown := set(values) - set(method.settings()): raise ValueError(f'{name} has no setting {", ".join(sorted(unknown))}; it has {", ".join(method.settings())}.')
-    return type(method)(**{**method.settings(), **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}})
+    method = type(method)(**{k: tuple(v) if isinstance(v, list) else v for k, v in {**method.settings(), **values}.items()})
+    method.check()
+    return method
 
 def _windows(model, tokenizer, source, n, seqlen, seed, eval_n):
     "Calibration and evaluation windows; text is evaluated on what it is, or on the built-in passages if it cannot be."
@@ -204,7 +207,13 @@ def cmd_eval(
     for t, r in scores.items(): print(f'{t:22} {r}')
 
 # %% ../nbs/99_cli.ipynb #b838917e
-def _dumps(x): return json.dumps(x, indent=1)
+def _plain(x):
+    "Numbers that JSON does not have become null."
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+def _dumps(x): return json.dumps(_plain(x), indent=1, allow_nan=False)
 
 # %% ../nbs/99_cli.ipynb #1e27007a
 def cmd_inspect(

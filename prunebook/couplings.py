@@ -185,12 +185,12 @@ def masked(
     kept, # kept unit indices by coupling name, for example {'0.mlp_channel': [0, 2]}
 ):
     "Context manager in which `model` computes as if the other units were gone; tensors keep their size."
-    table, saved = {c.name: c for c in couplings_of(model, kept)}, []
-    for name, units in kept.items():
-        W = weight_of(model.get_submodule(table[name].second[0]))
-        columns = removed_columns(table[name], units).to(W.device)
+    saved = []
+    for c in couplings_of(model, kept):                    # all checks before any change
+        W = weight_of(model.get_submodule(c.second[0]))
+        columns = removed_columns(c, kept[c.name]).to(W.device)
         saved.append((W, columns, W[:, columns].clone()))
-        W[:, columns] = 0
+    for W, columns, _ in saved: W[:, columns] = 0
     try: yield model
     finally:
         for W, columns, old in saved: W[:, columns] = old

@@ -52,6 +52,12 @@ class FASP(Method):
     batch_size: int = 8 # windows in a forward pass
     device: str = None # visit this device block by block; by default blocks stay where they are
 
+    def check(self):
+        if self.towards not in ('weights', 'zero'): raise ValueError(f'towards is {self.towards!r}; it is "weights" or "zero".')
+        if not (isinstance(self.batch_size, int) and self.batch_size > 0): raise ValueError(f'batch_size is {self.batch_size!r}; it is a number of windows, at least 1.')
+        if not (self.damp is None or isinstance(self.damp, (int, float)) and 0 <= self.damp < float('inf')):
+            raise ValueError(f'damp is {self.damp!r}; it is a fraction of the mean diagonal, for example 0.01, or None.')
+
     def run(self, model, windows, sparsity):
         table = {(c.layer, c.kind == 'mlp_channel'): c for c in couplings(model, self.units)}
         steps = uniform_steps(list(table.values()), sparsity, n_parameters(decoder_linears(model).values()))
@@ -86,6 +92,6 @@ def fasp_work(
     "Estimated bytes and floating point operations of `FASP` in place: dict with `bytes`, `forward_flops`, `flops`."
     memory = sum(p.numel() for p in model.parameters())*model.dtype.itemsize + sum(walk_bytes(model, tokens).values())
     forward = 2*n_parameters(decoder_linears(model).values())*tokens
-    widths = [w for b in anatomy(model) for w in [b.mlp_width]*('mlp_channel' in units) + [b.heads*b.value_dim]*('value_channel' in units)]
+    widths = [w for b in anatomy(model) for w in [b.mlp_width]*('mlp_channel' in units) + [b.heads*b.value_dim]*any(u != 'mlp_channel' for u in units)]
     extra = sum(2*w**2*tokens*.625 + w**3/3 + 2*w**2*model.config.hidden_size for w in widths)
     return dict(bytes=memory, forward_flops=forward, flops=forward + extra)

@@ -35,6 +35,9 @@ class Method:
         "Slice (and repair) `model`; returns kept unit indices and scores, both dicts by coupling name."
         raise NotImplementedError(f'{type(self).__name__} has no run().')
 
+    def check(self):
+        "Raises `ValueError` for a setting that cannot be; called before any work."
+
     def settings(self):
         "All fields as plain values, tuples as lists, as JSON gives them back."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -60,6 +63,7 @@ def prune(
 ):
     "A physically smaller model, and the `PrunePlan` that made it. Raises `ValueError` for what cannot be done, before any work."
     method = as_method(method)
+    method.check()
     table, total = couplings(model, method.units), n_parameters(decoder_linears(model).values())
     check_sparsity(sparsity, table, total)
     calibration.check(model)

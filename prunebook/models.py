@@ -121,7 +121,7 @@ class atomic_folder:
     ): self.target, self.overwrite = Path(target), overwrite
 
     def __enter__(self):
-        if self.target.exists() and not self.overwrite:
+        if self.target.exists() and not (self.overwrite and self.target.is_dir()):
             raise FileExistsError(f'{self.target} exists already; choose another folder or ask for it to be overwritten.')
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.tmp = Path(tempfile.mkdtemp(prefix=f'.{self.target.name}-partial-', dir=self.target.parent))
@@ -180,14 +180,16 @@ def load_model(
     dtype=None, # a torch dtype; `default_dtype(device)` by default
     trust_remote_code=False, # run model code that comes with the folder or repository
 ):
-    "Load a causal language model in evaluation mode, and its tokenizer. Raises `ValueError` if there is no such model."
+    "Load a causal language model in evaluation mode, and its tokenizer. Raises `ValueError` if there is no such model or device."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = torch.device(device or default_device())
+    try: torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as e: raise ValueError(f'Device {str(device)!r} is not usable here: {str(e).splitlines()[0]}') from e
     path = small_model_folder() if name_or_path == 'smollm2-135m' else name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or default_dtype(device), trust_remote_code=trust_remote_code)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f'Cannot load {str(name_or_path)!r}: it is neither "smollm2-135m" nor a model folder here, and the hub did not give '
                          f'it either ({str(e).splitlines()[0][:200]}).') from e
     return model.to(device).eval(), tokenizer

@@ -48,10 +48,16 @@ def check_sparsity(
         kinds = ', '.join(sorted({c.kind for c in table})) or 'no units'
         raise ValueError(f'sparsity {sparsity} cannot be reached with {kinds}: at most {math.floor(most*1e4)/1e4} while one unit stays everywhere; add another kind of unit.')
 
+def _removed(table, steps): return sum(c.cost*c.groups*steps[c.name] for c in table)
+
 def _share_out(table, budget):
-    "Bundles that leave each coupling so that at least `budget` parameters go, at the same share everywhere."
-    share = budget/sum(c.cost*c.n_units for c in table)
-    return {c.name: min(max(0, math.ceil(c.n_units//c.groups*share - 1e-9)), c.n_units//c.groups - 1) for c in table}
+    "Bundles that leave each coupling so that at least `budget` parameters go, at the smallest common share that is enough."
+    at = lambda share: {c.name: min(max(0, math.ceil(c.n_units//c.groups*share - 1e-9)), c.n_units//c.groups - 1) for c in table}
+    low, high = 0., 1.
+    for _ in range(50):                                    # a coupling that has run dry leaves more to the others: bisect
+        middle = (low + high)/2
+        low, high = (low, middle) if _removed(table, at(middle)) >= budget - 1e-6 else (middle, high)
+    return at(high)
 
 def uniform_steps(
     table, # couplings that may give units
@@ -60,12 +66,14 @@ def uniform_steps(
 ):
     "How many bundles leave each coupling at the same share everywhere (eq. adjust); dict by coupling name."
     check_sparsity(sparsity, table, total)
-    mlp, attention = [c for c in table if c.kind == 'mlp_channel'], [c for c in table if c.kind != 'mlp_channel']
-    if not mlp: return _share_out(table, sparsity*total)
-    share = sparsity*total/sum(c.cost*c.n_units for c in table)
+    mlp, attention, needed = [c for c in table if c.kind == 'mlp_channel'], [c for c in table if c.kind != 'mlp_channel'], sparsity*total
+    if not needed: return {c.name: 0 for c in table}
+    if not (mlp and attention): return _share_out(table, needed)
+    share = needed/sum(c.cost*c.n_units for c in table)
     steps = {c.name: min(round(c.n_units//c.groups*share), c.n_units//c.groups - 1) for c in attention}
-    left = sparsity*total - sum(c.cost*c.groups*steps[c.name] for c in attention)
-    return {**steps, **_share_out(mlp, left)}
+    spare = sum(c.cost*(c.n_units - c.groups) for c in mlp)
+    if needed - _removed(attention, steps) > spare: steps = _share_out(attention, needed - spare)   # the MLP alone cannot give the rest
+    return {**steps, **_share_out(mlp, needed - _removed(attention, steps))}
 
 # %% ../nbs/04_plan.ipynb #4706a32e
 def global_steps(

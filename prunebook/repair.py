@@ -17,8 +17,9 @@ def ridge_solve(
     towards=None, # solution that the ridge pulls to, (m, k); zero by default
 ):
     "Solution of (A + δI) X = B + δ·towards, float64, (m, k). Damps more, with a warning, if `A` is not positive definite."
+    if not 0 <= damp < float('inf'): raise ValueError(f'damp is {damp}; it is a fraction of the mean diagonal, for example 0.01.')
     A, B, scale = A.double(), B.double(), A.diag().double().mean()
-    if not (scale.isfinite() and scale > 0): raise ValueError(f'The mean of the diagonal is {scale.item()}; the layer saw no finite, non-zero input.')
+    if not (A.isfinite().all() and B.isfinite().all() and scale > 0): raise ValueError(f'The mean of the diagonal is {scale.item()}; the layer saw no finite, non-zero input.')
     while True:
         delta = damp*scale
         L, failed = torch.linalg.cholesky_ex(A + delta*torch.eye(len(A), dtype=A.dtype, device=A.device))

@@ -10,8 +10,7 @@ __all__ = ['MODELING', 'narrow_config', 'stock_class', 'fits_stock_class', 'layo
 import copy, inspect, json, shutil
 from pathlib import Path
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from safetensors import SafetensorError
 from .couplings import PaddedValue, UnpaddedOutput, anatomy, family_of, weight_of
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, decoder_linears, default_device, is_complete, write_manifest
@@ -41,7 +40,7 @@ def fits_stock_class(
 ):
     "Whether the stock class holds all tensors of `model`, given `narrow_config(model)`."
     shapes = lambda m: {n: p.shape for n, p in m.state_dict().items()}
-    if any(isinstance(m, (PaddedValue, UnpaddedOutput)) for m in model.modules()): return False
+    if any(hasattr(m, 'value_dim') for m in model.modules()): return False                  # bridged value heads
     try:
         with torch.device('meta'): stock = stock_class(model)(narrow_config(model))
     except ValueError: return False                        # the family's configuration refuses these widths
@@ -55,8 +54,8 @@ def layout(
     linears = {}
     for n, m in decoder_linears(model).items():
         out, columns = weight_of(m).shape
-        extra = [m.head_dim, m.value_dim] if isinstance(m, (PaddedValue, UnpaddedOutput)) else []
-        linears[n] = [type(m).__name__, columns, out, m.bias is not None, *extra, *([m.lead] if isinstance(m, PaddedValue) else [])]
+        extra = [getattr(m, a) for a in ('head_dim', 'value_dim', 'lead') if hasattr(m, a)]  # of the bridges, reloaded ones included
+        linears[n] = [type(m).__name__, columns, out, m.bias is not None, *extra]
     names = lambda b: b.path(b.family.attention)
     attributes = {names(b): {a: getattr(model.get_submodule(names(b)), a) for a, _ in b.family.attributes} for b in anatomy(model)}
     return dict(linears=linears, attributes=attributes)
@@ -116,7 +115,7 @@ def save_pruned(
             if tokenizer is not None: tokenizer.save_pretrained(tmp)
             if plan is not None: plan.save(tmp/'plan.json')
             write_manifest(tmp)
-    except OSError as e: raise OSError(f'Could not save to {folder}: {e}. Nothing was left there.') from e
+    except (OSError, SafetensorError) as e: raise OSError(f'Could not save to {folder}: {e}. Nothing was left there.') from e
     return Path(folder)
 
 # %% ../nbs/60_save.ipynb #3a266358
@@ -135,7 +134,9 @@ def _write_model(model, folder):
     if stock: cfg.pop('auto_map', None)
     else: cfg['auto_map'] = {'AutoModelForCausalLM': f'modeling_pruned.Pruned{name}'}
     path.write_text(json.dumps(cfg, indent=2))
-    if not stock: (Path(folder)/'modeling_pruned.py').write_text(modeling_source(model))
+    source = Path(folder)/'modeling_pruned.py'
+    if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
+    else: source.write_text(modeling_source(model))
 
 # %% ../nbs/60_save.ipynb #cafa571d
 def load_pruned(

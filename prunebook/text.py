@@ -48,7 +48,8 @@ class Windows:
         "Raises `ValueError` if `model` cannot read these windows."
         limit, vocab = getattr(model.config, 'max_position_embeddings', None), model.config.vocab_size
         if limit and self.seqlen > limit: raise ValueError(f'Windows of {self.seqlen} tokens are longer than the {limit} positions of the model; choose seqlen <= {limit}.')
-        if self.ids.max() >= vocab: raise ValueError(f'Token id {self.ids.max().item()} is outside the vocabulary of {vocab}; these windows were cut with another tokenizer.')
+        low, high = self.ids.min().item(), self.ids.max().item()
+        if low < 0 or high >= vocab: raise ValueError(f'Token id {low if low < 0 else high} is outside the vocabulary of {vocab}; these windows were cut with another tokenizer.')
 
 # %% ../nbs/01_text.ipynb #904cf51f
 def _tokenize(text, tokenizer, seqlen):

@@ -104,10 +104,10 @@ def walk(
         to = lambda tree: tree_map(lambda t: t.to(device or home) if isinstance(t, torch.Tensor) else t, tree)
         if device is not None: layer.to(device)
         run = lambda i, pairs: _visit(layer, to(states[i]), *to(calls[i][b.layer]), pairs)
-        states = yield from _stages(model, b, layer, states, run)
-        if device is not None:
-            layer.to(home)
-            states = [s.to(home) for s in states]
+        try: states = yield from _stages(model, b, layer, states, run)
+        finally:
+            if device is not None: layer.to(home)          # also when the caller stops early
+        if device is not None: states = [s.to(home) for s in states]
 
 def _visit(layer, x, args, kw, pairs):
     "Run a block with some modules replaced; None if it was stopped on the way."

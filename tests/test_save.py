@@ -1,6 +1,7 @@
 """What is loaded is what was saved, bit for bit; and nothing but whole folders is ever left or accepted."""
 import copy
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -18,13 +19,22 @@ from prunebook import models as models_module, save as save_module
 from prunebook.couplings import PaddedValue, UnpaddedOutput, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.methods import prune
-from prunebook.models import MANIFEST, TINY, is_complete, tiny_model
+from prunebook.models import MANIFEST, TINY, is_complete, tiny_model as build_model
 from prunebook.save import fits_stock_class, load_pruned, modeling_source, narrow_config, save_pruned, stock_class
 from prunebook.text import Windows
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 fork = multiprocessing.get_context('fork') if hasattr(os, 'fork') else None
+
+
+@functools.cache
+def _built(family, seed, config): return build_model(family, seed, **dict(config))
+
+
+def tiny_model(family, seed=0, **config):
+    "A copy of a model that is built once; a quarter of the time."
+    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 @pytest.fixture(scope='module')
@@ -79,13 +89,13 @@ def survives(m, folder):
     return again
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', [v for v in VARIANTS if v not in ('dense', 'mlp')])
 @pytest.mark.parametrize('family', TINY)
 def test_bit_for_bit(family, variant, tmp_path):
     m = VARIANTS[variant](tiny_model(family))
     again = survives(m, tmp_path/'saved')
     stock = fits_stock_class(m)
-    assert stock == (variant in ('dense', 'mlp') or variant == 'heads' and family not in ('opt', 'gpt2'))
+    assert stock == (variant == 'heads' and family not in ('opt', 'gpt2'))
     assert (tmp_path/'saved'/'modeling_pruned.py').exists() != stock
     assert type(again).__module__.startswith('transformers.models.') == stock and stock_class(again) is type(tiny_model(family))
     assert [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(again)] == [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(m)]
@@ -117,7 +127,7 @@ def test_uniform_widths_are_an_ordinary_model(family, tmp_path):
     m = VARIANTS['mlp'](tiny_model(family))
     save_pruned(m, None, tmp_path/'saved')
     plain = AutoModelForCausalLM.from_pretrained(tmp_path/'saved')
-    assert type(plain) is type(m) and torch.equal(logits(plain.eval()), logits(m))
+    assert fits_stock_class(m) and fits_stock_class(tiny_model(family)) and type(plain) is type(m) and torch.equal(logits(plain.eval()), logits(m))
     cfg = json.loads((tmp_path/'saved'/'config.json').read_text())
     assert cfg['architectures'] == [type(m).__name__] and not {'auto_map', 'pruned'} & cfg.keys() and 'prunebook' not in json.dumps(cfg)
     assert not list((tmp_path/'saved').glob('*.py'))
@@ -149,15 +159,15 @@ assert not any(n.startswith('prunebook') for n, x in sys.modules.items() if x)
 
 
 def test_a_fresh_process_without_this_package(tmp_path):
-    "Grouped-query families with narrow value heads, equal or not; and GPT-2 with its fused projection."
+    "A grouped-query family with narrow value heads of blocks that differ, GPT-2 with its fused projection, and an ordinary model."
     saved = {}
-    for family, variant in [('llama', 'values_and_mlp'), ('qwen2', 'values'), ('gpt2', 'values_and_mlp'), ('mistral', 'mlp')]:
+    for family, variant in [('llama', 'values_and_mlp'), ('gpt2', 'values_and_mlp'), ('mistral', 'mlp')]:
         saved[f'{family}-{variant}'] = m = VARIANTS[variant](tiny_model(family))
         save_pruned(m, None, tmp_path/f'{family}-{variant}')
     r = subprocess.run([sys.executable, '-c', CHECK, *[str(tmp_path/n) for n in saved]], capture_output=True, text=True, cwd=tmp_path,
                        env={**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_MODULES_CACHE': str(tmp_path/'modules'), 'OMP_NUM_THREADS': '1'})
     lines, ids = r.stdout.splitlines(), torch.arange(3, 27).view(2, 12)
-    assert r.returncode == 0 and len(lines) == 8, r.stderr
+    assert r.returncode == 0 and len(lines) == 6, r.stderr
     for i, m in enumerate(saved.values()):
         with torch.no_grad(): assert float.fromhex(lines[2*i]) == m(ids).logits.double().sum().item()
         assert lines[2*i + 1] == f'{m.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()} True'
@@ -165,9 +175,11 @@ def test_a_fresh_process_without_this_package(tmp_path):
 
 # ---- again and again ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('first,then', [('mlp', 'mlp'), ('mlp', 'ragged'), ('mlp', 'values'), ('ragged', 'ragged'), ('ragged', 'values'), ('values', 'values'),
-                                        ('values', 'mlp'), ('values_and_mlp', 'ragged'), ('values', 'dense'), ('ragged', 'dense'), ('heads', 'mlp'), ('ragged_heads', 'heads')])
-@pytest.mark.parametrize('family', ['llama', 'gpt2', 'opt', 'phi'])
+AGAIN = [('mlp', 'mlp'), ('mlp', 'ragged'), ('mlp', 'values'), ('ragged', 'ragged'), ('ragged', 'values'), ('values', 'values'), ('values', 'mlp'), ('values_and_mlp', 'ragged'),
+         ('values', 'dense'), ('ragged', 'dense'), ('heads', 'mlp'), ('ragged_heads', 'heads')]
+
+
+@pytest.mark.parametrize('family,first,then', [(f, *a) for f in ('llama', 'gpt2', 'opt', 'phi') for a in (AGAIN if f == 'llama' else AGAIN[5:8])])
 def test_save_load_prune_save_load(family, first, then, tmp_path):
     once = survives(VARIANTS[first](tiny_model(family)), tmp_path/'once')
     survives(VARIANTS[then](once), tmp_path/'twice')
