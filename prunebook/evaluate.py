@@ -7,7 +7,7 @@ __all__ = ['window_losses', 'Perplexity', 'perplexity', 'loss_difference', 'weig
            'report_table', 'plot_report', 'zero_shot']
 
 # %% ../nbs/02_evaluate.ipynb #3f2c4b8a
-import math, os, re, resource, statistics, sys, time
+import ctypes, math, os, re, resource, statistics, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
@@ -81,8 +81,9 @@ def peak_memory(
     if cuda: torch.cuda.reset_peak_memory_stats(device); start = torch.cuda.memory_allocated(device)
     elif linux:
         try:
+            ctypes.CDLL(None).malloc_trim(0)               # give back what earlier work has freed, so that it is not reused unseen
             with open('/proc/self/clear_refs', 'w') as f: f.write('5')
-        except OSError: pass                               # not permitted: the peak is then that of the whole process
+        except (OSError, AttributeError): pass             # not permitted: the peak is then that of the whole process
         start = _resident('VmRSS')
     else: start = 0
     yield r
