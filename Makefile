@@ -38,19 +38,19 @@ $(VENV)/.created:
 $(VENV)/.ready: $(VENV)/.created settings.ini setup.py
 	$(call say,Installing $(TORCH) (1 to 5 min: about 200 MB without CUDA and several GB with it))
 	@$(PIP) '$(TORCH)'
-	$(call say,Installing prunebook and what it needs (about 1 min: 150 MB))
+	$(call say,Installing prunebook and what it needs (about 1 min))
 	@$(PIP) -q -e .
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(call say,Installing what tests and docs need (about 1 min: 150 MB))
+	$(call say,Installing what tests and docs need (about 1 min))
 	@$(PIP) -q -e '.[dev]'
 	@touch $@
 
 # ---- use --------------------------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.ready  ## prune SmolLM2-135M by 20 % with FASP and report what it cost
-	$(call say,Pruning SmolLM2-135M by 20 % with FASP into $(DEMO) (a few minutes on two cores))
+	$(call say,Pruning SmolLM2-135M by 20 % with FASP into $(DEMO) (about 3 min on two cores))
 	@$(VENV)/bin/prunebook prune smollm2-135m --method fasp --sparsity 0.2 --out $(DEMO) \
 	  --text passages --n 16 --report --force
 
@@ -79,11 +79,11 @@ docs-check: $(VENV)/.ready-dev  ## links, labels, citations, TeX and saved outpu
 	@$(PY) scripts/check_docs.py
 
 test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
-	$(call say,Step test-notebooks: every notebook from top to bottom (the long one: see the time of each below))
+	$(call say,Step test-notebooks: every notebook from top to bottom (about 9 min on two cores; the time of each below))
 	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB)
 
 test-unit: $(VENV)/.ready-dev  ## run tests/
-	$(call say,Step test-unit: the tests in tests/ (a few minutes; the slowest are listed at the end))
+	$(call say,Step test-unit: the tests in tests/ (about 3 min; the slowest are listed at the end))
 	@$(PY) -m pytest tests -q --durations=15
 
 # ---- writing ------------------------------------------------------------------------------------------------------------

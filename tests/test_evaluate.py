@@ -352,4 +352,4 @@ def test_extra_brings_what_zero_shot_imports(extra):
     "lm_eval 0.4.10 and later leave `accelerate`, which the Hugging Face model imports, to an extra of their own."
     cfg = configparser.ConfigParser(delimiters=['='], interpolation=None)
     cfg.read(Path(__file__).resolve().parent.parent/'settings.ini', encoding='utf-8')
-    assert re.search(r'^(lm_eval\[.*\bhf\b.*\]|accelerate\b)', cfg['DEFAULT'][extra], re.M)
+    assert re.search(r'^(lm_eval\[.*\bhf\b.*\]|accelerate\b)', cfg['DEFAULT']['requirements'] + cfg['DEFAULT'][extra], re.M) and re.search(r'^lm_eval', cfg['DEFAULT'][extra], re.M)

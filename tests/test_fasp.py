@@ -107,7 +107,7 @@ def test_brute_force(family, config, units):
     assert not close(logits(small), logits(dense), 1e-2)
 
 
-@pytest.mark.parametrize('towards,damp', [('zero', .1), ('zero', 1e-4), ('weights', 1.), ('weights', 1e-4)])
+@pytest.mark.parametrize('towards,damp', [('zero', .1), ('weights', 1.), ('weights', 1e-4)])
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
 def test_brute_force_with_other_damping(family, towards, damp):
     dense, w = tiny_model(family, seed=1), windows(seed=1)
@@ -218,8 +218,7 @@ def test_device_by_device_is_the_same(family):
     assert p.kept == q.kept and p.scores == q.scores and torch.equal(logits(a), logits(b))
 
 
-@pytest.mark.parametrize('family', TINY)
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('family,dtype', [*[(f, torch.bfloat16) for f in TINY], ('llama', torch.float16), ('gpt2', torch.float16)])
 def test_low_precision(family, dtype):
     dense = tiny_model(family)
     small, plan = prune(copy.deepcopy(dense).to(dtype), windows(), FASP(units=BOTH), .2)

@@ -183,7 +183,7 @@ def test_the_model_works_while_the_caller_does(family):
 
 
 @pytest.mark.parametrize('family', TINY)
-@pytest.mark.parametrize('stages', range(7))
+@pytest.mark.parametrize('stages', [0, 1, 2, 5])
 def test_closing_early_leaves_the_model_alone(family, stages):
     m, ids = tiny_model(family), tokens().ids
     expected, state = logits(m, ids), {n: t.clone() for n, t in m.state_dict().items()}
