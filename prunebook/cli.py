@@ -106,7 +106,7 @@ def cmd_prune(
     net, tokenizer = _load(model, device, dtype)
     source = _text(text)
     calibration, test = _windows(net, tokenizer, source, n, seqlen, seed, eval_n)
-    _say(f'Calibration: {calibration!r}\n{_estimate(net, method, calibration)}')
+    _say('\n'.join(filter(None, [f'Calibration: {calibration!r}', _estimate(net, method, calibration)])))
     before = _measured(net, tokenizer, test, 'dense') if report else None
     _say(f'Pruning with {method} ...')
     small, plan, seconds, extra = timed_prune(net, calibration, method, sparsity, timed_forward(net, calibration) if report else None)
@@ -134,9 +134,8 @@ def _windows(model, tokenizer, source, n, seqlen, seed, eval_n):
 
 def _estimate(model, method, windows):
     "One line about memory and work, from shapes alone."
-    from prunebook.fasp import fasp_work
-    w = fasp_work(model, windows.ids.numel(), method.units)
-    return f'A walk over it needs about {w["bytes"]/2**30:.1f} GiB and {w["flops"]/1e12:.1f} TFLOP, {w["flops"]/w["forward_flops"]:.1f} times a forward pass (estimates).'
+    w = method.work(model, windows.ids.numel())
+    return w and f'This needs about {w["bytes"]/2**30:.1f} GiB and {w["flops"]/1e12:.1f} TFLOP, {w["flops"]/w["forward_flops"]:.1f} times a forward pass (estimates).'
 
 def _measured(model, tokenizer, windows, which):
     "A `measure`, announced."

@@ -58,6 +58,8 @@ class FASP(Method):
         if not (self.damp is None or isinstance(self.damp, (int, float)) and 0 <= self.damp < float('inf')):
             raise ValueError(f'damp is {self.damp!r}; it is a fraction of the mean diagonal, for example 0.01, or None.')
 
+    def work(self, model, tokens): return fasp_work(model, tokens, self.units)
+
     def run(self, model, windows, sparsity):
         table = {(c.layer, c.kind == 'mlp_channel'): c for c in couplings(model, self.units)}
         steps = uniform_steps(list(table.values()), sparsity, n_parameters(decoder_linears(model).values()))

@@ -12,10 +12,13 @@ import torch
 from .couplings import couplings, slice_units, weight_of
 from .models import check_finite, decoder_linears, n_parameters
 from .plan import PrunePlan, check_sparsity, model_fingerprint, uniform_steps, keep_after
+from .text import self_generated
 
 # %% ../nbs/06_methods.ipynb #64ea2948
 METHODS = {} # method classes by name, filled as their modules are imported
-MODULES = dict(fasp='prunebook.fasp') # where the methods of this package live
+MODULES = dict(
+    **dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores'),
+    fasp='prunebook.fasp', depth2='prunebook.depth2') # where the methods of this package live
 
 @dataclass
 class Method:
@@ -38,6 +41,13 @@ class Method:
     def check(self):
         "Raises `ValueError` for a setting that cannot be; called before any work."
 
+    def own_windows(self, model):
+        "Calibration windows where the caller has no text: the model writes them itself."
+        return self_generated(model, 64, min(512, getattr(model.config, 'max_position_embeddings', 512)))
+
+    def work(self, model, tokens):
+        "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`; None if unknown."
+
     def settings(self):
         "All fields as plain values, tuples as lists, as JSON gives them back."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -56,7 +66,7 @@ def as_method(
 # %% ../nbs/06_methods.ipynb #245b889f
 def prune(
     model, # a causal language model of `transformers`, in evaluation mode
-    calibration, # `Windows` of text the method may look at
+    calibration, # `Windows` of text the method may look at; with None, the model writes them itself
     method='fasp', # a `Method` or its name
     sparsity=.2, # fraction of the parameters of the decoder blocks' linears to remove, in [0, 1)
     inplace=False, # prune `model` itself instead of a copy
@@ -66,8 +76,9 @@ def prune(
     method.check()
     table, total = couplings(model, method.units), n_parameters(decoder_linears(model).values())
     check_sparsity(sparsity, table, total)
-    calibration.check(model)
+    if calibration is not None: calibration.check(model)
     check_finite(model)
+    if calibration is None: calibration = method.own_windows(model)
     fingerprint = model_fingerprint(model)
     small = model if inplace else copy.deepcopy(model)
     kept, scores = method.run(small, calibration, sparsity) if sparsity > 0 else ({c.name: list(range(c.n_units)) for c in table}, {})
