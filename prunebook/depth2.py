@@ -23,7 +23,7 @@ from .models import decoder_linears, n_parameters
 from .plan import keep_after, uniform_steps
 from .repair import damp_for, ridge_solve
 from .text import Windows, random_tokens
-from .walk import gram, twin, walk, walk_bytes
+from .walk import cut, gram, twin, walk, walk_bytes
 
 # %% ../nbs/30_depth2.ipynb #f9af7749
 @contextmanager
@@ -251,15 +251,14 @@ class Depth2(Method):
 
 # %% ../nbs/30_depth2.ipynb #5409dbdf
 CHOICES = dict(heads=('similarity', 'second_moment', 'random'), form=('paper', 'code', 'measured'), sigma=('calibration', 'random', 'identity'),
-               reconstruct=('none', 'one_step', 'two_step', 'kept_columns'), towards=('weights', 'zero')) # settings of `Depth2` with few values
+               reconstruct=('none', 'one_step', 'two_step', 'kept_columns')) # settings of `Depth2` with few values
 
 @patch
 def check(self:Depth2):
     for field, known in CHOICES.items():
         if (v := getattr(self, field)) not in known: raise ValueError(f'{field} is {v!r}; it is one of {", ".join(known)}.')
-    for field in ('batch_size', 'map_windows'):
-        if not (isinstance(v := getattr(self, field), int) and v > 0): raise ValueError(f'{field} is {v!r}; it is a number of windows, at least 1.')
-    if not (self.damp is None or 0 <= self.damp < float('inf')): raise ValueError(f'damp is {self.damp!r}; it is a fraction of the mean diagonal, for example 0.01, or None.')
+    Method.check(self)
+    if not (isinstance(self.map_windows, int) and self.map_windows > 0): raise ValueError(f'map_windows is {self.map_windows!r}; it is a number of windows, at least 1.')
     if not (isinstance(self.trust, (int, float)) and 0 <= self.trust <= 1): raise ValueError(f'trust is {self.trust!r}; it is a share from 0 to 1.')
     if self.form == 'measured' and self.sigma == 'identity': raise ValueError('form "measured" needs inputs to measure, and sigma "identity" has none; choose form "paper" or "code".')
     given = [f for f in ('tau', 'n_heads', 'head_share') if getattr(self, f) is not None]
@@ -376,10 +375,8 @@ def _second(self:Depth2, model, new, old, c, moments, inner, choose, damp):
     if inner is None and self.sigma != 'identity': inner = _mean_square(new.X)
     if self.reconstruct in ('one_step', 'two_step'): _load(model, new.second, second_level(model, new, targets, C, damp, self.towards, trust=self.trust))
     kept = choose(c, new.part, moments, inner)
-    new.keep = c.second[1][kept].flatten().sort().values.to(new.X[0].device)
-    U = second_level(model, new, targets, C, damp, self.towards, new.keep, self.trust) if self.reconstruct == 'kept_columns' else None
-    slice_units(model, {c.name: kept})
-    if U is not None: _load(model, c.second[0], U)
+    fit = self.reconstruct == 'kept_columns'
+    cut(model, c, new, kept, lambda W, keep: second_level(model, new, targets, C, damp, self.towards, keep, self.trust) if fit else W[:, keep])
 
 # %% ../nbs/30_depth2.ipynb #ec76e9fc
 @torch.no_grad()

@@ -8,12 +8,12 @@ __all__ = ['column_scores', 'rank_correlation', 'unit_scores', 'FASP', 'fasp_wor
 # %% ../nbs/20_fasp.ipynb #2d38a9e2
 from dataclasses import dataclass
 import torch
-from .couplings import couplings, slice_units, weight_of, anatomy, removed_columns
+from .couplings import couplings, weight_of, anatomy
 from .methods import Method
 from .models import decoder_linears, n_parameters
 from .plan import uniform_steps, keep_after
 from .repair import damp_for, restore_columns
-from .walk import walk, walk_bytes
+from .walk import cut, walk, walk_bytes
 
 # %% ../nbs/20_fasp.ipynb #487d4b32
 def column_scores(
@@ -52,11 +52,7 @@ class FASP(Method):
     batch_size: int = 8 # windows in a forward pass
     device: str = None # visit this device block by block; by default blocks stay where they are
 
-    def check(self):
-        if self.towards not in ('weights', 'zero'): raise ValueError(f'towards is {self.towards!r}; it is "weights" or "zero".')
-        if not (isinstance(self.batch_size, int) and self.batch_size > 0): raise ValueError(f'batch_size is {self.batch_size!r}; it is a number of windows, at least 1.')
-        if not (self.damp is None or isinstance(self.damp, (int, float)) and 0 <= self.damp < float('inf')):
-            raise ValueError(f'damp is {self.damp!r}; it is a fraction of the mean diagonal, for example 0.01, or None.')
+
 
     def work(self, model, tokens): return fasp_work(model, tokens, self.units)
 
@@ -75,14 +71,8 @@ class FASP(Method):
         W, C = weight_of(model.get_submodule(c.second[0])).detach(), stage.gram()
         scores = unit_scores(c, column_scores(W, C))
         kept = keep_after(c, scores, steps)
-        keep = torch.ones(W.shape[1], dtype=bool)
-        keep[removed_columns(c, kept)] = False
-        keep = keep.nonzero().flatten().to(W.device)
         damp = damp_for(sum(x.numel()//x.shape[-1] for x in stage.X)) if self.damp is None else self.damp
-        U = restore_columns(W, C, keep, damp, self.towards) if self.restore else W[:, keep]
-        slice_units(model, {c.name: kept})
-        weight_of(model.get_submodule(c.second[0])).data.copy_(U)
-        stage.keep = keep
+        cut(model, c, stage, kept, lambda W, keep: restore_columns(W, C, keep, damp, self.towards) if self.restore else W[:, keep])
         return kept, scores.cpu()
 
 # %% ../nbs/20_fasp.ipynb #b0af8cb3

@@ -39,7 +39,12 @@ class Method:
         raise NotImplementedError(f'{type(self).__name__} has no run().')
 
     def check(self):
-        "Raises `ValueError` for a setting that cannot be; called before any work."
+        "Raises `ValueError` for a setting that cannot be, here those that many methods share; called before any work."
+        s = {'batch_size': 1, 'damp': None, 'towards': 'weights', **vars(self)}
+        if not (isinstance(s['batch_size'], int) and s['batch_size'] > 0): raise ValueError(f'batch_size is {s["batch_size"]!r}; it is a number of windows, at least 1.')
+        if not (s['damp'] is None or isinstance(s['damp'], (int, float)) and 0 <= s['damp'] < float('inf')):
+            raise ValueError(f'damp is {s["damp"]!r}; it is a fraction of the mean diagonal, for example 0.01, or None.')
+        if s['towards'] not in ('weights', 'zero'): raise ValueError(f'towards is {s["towards"]!r}; it is "weights" or "zero".')
 
     def own_windows(self, model):
         "Calibration windows where the caller has no text: the model writes them itself."
