@@ -401,6 +401,6 @@ def work(self:Depth2, model, tokens):
     forward = 2*n_parameters(decoder_linears(model).values())*tokens
     parts = [b.mlp_width for b in shapes if 'mlp_channel' in self.units] + [b.heads*b.value_dim for b in shapes if set(self.units) - {'mlp_channel'}]
     sums = sum(2*tokens*(.625*d*d + reads*(d*d + .625*f*f + f*d)) + reads*(f**3 + d**3)/3 for f in parts)   # products, and factorizations
-    walks, block = 2 if reads else 1, n_parameters(decoder_linears(model).values())//len(shapes)*model.dtype.itemsize
+    walks, block = 1 + (reads and self.trust > 0), n_parameters(decoder_linears(model).values())//len(shapes)*model.dtype.itemsize
     memory = sum(p.numel() for p in model.parameters())*model.dtype.itemsize + walks*sum(walk_bytes(model, tokens).values()) + reads*block
     return dict(bytes=memory, forward_flops=forward, flops=walks*forward + sums)
