@@ -79,11 +79,11 @@ docs-check: $(VENV)/.ready-dev  ## links, labels, citations, TeX and saved outpu
 	@$(PY) scripts/check_docs.py
 
 test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
-	$(call say,Step test-notebooks: every notebook from top to bottom (about 15 min on two cores; the time of each below))
+	$(call say,Step test-notebooks: every notebook from top to bottom (about 25 min on two cores; the time of each below))
 	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB)
 
 test-unit: $(VENV)/.ready-dev  ## run tests/
-	$(call say,Step test-unit: the tests in tests/ (about 4 min; the slowest are listed at the end))
+	$(call say,Step test-unit: the tests in tests/ (about 6 min; the slowest are listed at the end))
 	@$(PY) -m pytest tests -q --durations=15
 
 # ---- writing ------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def cmd_prune(
     net, tokenizer = _load(model, device, dtype)
     source = _text(text)
     calibration, test = _windows(net, tokenizer, source, n, seqlen, seed, eval_n)
-    _say('\n'.join(filter(None, [f'Calibration: {calibration!r}', _estimate(net, method, calibration)])))
+    _say('\n'.join(filter(None, [f'Calibration: {calibration!r}', _estimate(net, method, calibration, sparsity)])))
     before = _measured(net, tokenizer, test, 'dense') if report else None
     _say(f'Pruning with {method} ...')
     small, plan, seconds, extra = timed_prune(net, calibration, method, sparsity, timed_forward(net, calibration) if report else None)
@@ -132,9 +132,9 @@ def _windows(model, tokenizer, source, n, seqlen, seed, eval_n):
     held_out = source if source in ('wikitext2', 'passages') else 'passages'
     return load_windows(source, model, tokenizer, n, seqlen, seed), load_windows(held_out, model, tokenizer, eval_n, seqlen, evaluation=True)
 
-def _estimate(model, method, windows):
+def _estimate(model, method, windows, sparsity):
     "One line about memory and work, from shapes alone."
-    w = method.work(model, windows.ids.numel())
+    w = method.work(model, windows.ids.numel(), sparsity)
     return w and f'This needs about {w["bytes"]/2**30:.1f} GiB and {w["flops"]/1e12:.1f} TFLOP, {w["flops"]/w["forward_flops"]:.1f} times a forward pass (estimates).'
 
 def _measured(model, tokenizer, windows, which):

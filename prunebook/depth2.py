@@ -395,7 +395,7 @@ def block_errors(
 
 # %% ../nbs/30_depth2.ipynb #8a471964
 @patch
-def work(self:Depth2, model, tokens):
+def work(self:Depth2, model, tokens, sparsity=.2):
     "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
     d, shapes, reads = model.config.hidden_size, anatomy(model), self.reconstruct != 'none'
     forward = 2*n_parameters(decoder_linears(model).values())*tokens

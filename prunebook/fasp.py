@@ -54,7 +54,7 @@ class FASP(Method):
 
 
 
-    def work(self, model, tokens): return fasp_work(model, tokens, self.units)
+    def work(self, model, tokens, sparsity=.2): return fasp_work(model, tokens, self.units)
 
     def run(self, model, windows, sparsity):
         table = {(c.layer, c.kind == 'mlp_channel'): c for c in couplings(model, self.units)}

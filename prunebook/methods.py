@@ -18,7 +18,7 @@ from .text import self_generated
 METHODS = {} # method classes by name, filled as their modules are imported
 MODULES = dict(
     **dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores'),
-    fasp='prunebook.fasp', depth2='prunebook.depth2') # where the methods of this package live
+    fasp='prunebook.fasp', depth2='prunebook.depth2', bonsai='prunebook.bonsai', surgeon='prunebook.surgeon') # where the methods of this package live
 
 @dataclass
 class Method:
@@ -50,7 +50,7 @@ class Method:
         "Calibration windows where the caller has no text: the model writes them itself."
         return self_generated(model, 64, min(512, getattr(model.config, 'max_position_embeddings', 512)))
 
-    def work(self, model, tokens):
+    def work(self, model, tokens, sparsity=.2):
         "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`; None if unknown."
 
     def settings(self):

@@ -384,6 +384,7 @@ class Taylor(Scored):
 def work(self:Scored,
     model, # a causal language model; may be on the meta device
     tokens, # calibration tokens
+    sparsity=.2, # fraction of decoder parameters to remove
 ):
     "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
     part, forward = walk_bytes(model, tokens), 2*n_parameters(decoder_linears(model).values())*tokens
@@ -397,6 +398,7 @@ def work(self:Scored,
 def work(self:Taylor,
     model, # a causal language model; may be on the meta device
     tokens, # calibration tokens
+    sparsity=.2, # fraction of decoder parameters to remove
 ):
     "As for `Scored`, with the backward pass: gradients, their sums, and what a batch keeps for it."
     r, linears = Scored.work(self, model, tokens), n_parameters(decoder_linears(model).values())

@@ -11,18 +11,24 @@ import argparse
 import copy
 import json
 import math
+import tempfile
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
-from prunebook.cli import result_record, timed_forward, timed_prune
+from prunebook.bonsai import Bonsai
+from prunebook.cli import _clock, result_record, timed_forward, timed_prune
+from prunebook.couplings import weight_of
+from prunebook.curvature import curvature
 from prunebook.depth2 import Depth2
-from prunebook.evaluate import measure
+from prunebook.elements import keep_strongest, sparsify_elements, sparsify_shots, zeros_among
+from prunebook.evaluate import measure, peak_memory
 from prunebook.fasp import FASP
-from prunebook.models import load_model
-from prunebook.plan import write_atomic
-from prunebook.scores import FLAP, Magnitude, Random, Taylor, WandaSp
-from prunebook.text import load_windows
+from prunebook.models import decoder_linears, load_model
+from prunebook.plan import PrunePlan, model_fingerprint, write_atomic
+from prunebook.scores import FLAP, Magnitude, Random, Taylor, WandaSp, sparsify
+from prunebook.surgeon import Surgeon, drop_dead, zero_share, zero_structures
+from prunebook.text import Windows, load_windows
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'p1'
 MLP, VALUES = ('mlp_channel',), ('value_channel', 'mlp_channel')
@@ -59,9 +65,81 @@ def depth2():
     yield 'depth2-published', Depth2.published(), .2, 'wikitext2'
 
 
+def bonsai():
+    "Bonsai with its regression, and with its prior alone, cut and restored; as published, at as many evaluations; on three draws of text and masks."
+    for seed in range(3):
+        for estimator in ('levels', 'prior'):
+            for restore in (False, True):                  # the second run goes on from the sub-models of the first
+                log = Path(tempfile.gettempdir())/f'prunebook-bonsai-{estimator}-{seed}.jsonl'
+                yield (f'bonsai-{estimator}-0.2-{"restored" if restore else "cut"}-32-windows-{seed}',
+                       Bonsai(estimator=estimator, restore=restore, seed=seed, log=str(log)), .2, 'wikitext2', 32, 64, 128, seed)
+    same = dict(units=MLP, evaluations=128, windows=2, seqlen=128, step=.2, tolerance=0.)    # as much text, and as many sub-models
+    for seed in range(3): yield f'bonsai-published-0.2-cut-32-windows-{seed}', Bonsai.published(seed=seed, **same), .2, 'wikitext2', 32, 64, 128, seed
+
+
+class Zeroed:
+    "A function of model, windows and sparsity that zeroes weights in place, measured like a method."
+    def __init__(self, name, f, **settings): self.name, self.f, self.settings = name, f, settings
+
+    def timed(self, model, windows, sparsity, forward=None):
+        "What `timed_prune` gives."
+        plan = PrunePlan(self.name, self.settings, sparsity, {}, {}, model_fingerprint(model), repr(windows))
+        with peak_memory() as memory:
+            plan.true_sparsity, wall, cpu = _clock(lambda: self.f(model, windows, sparsity, **self.settings), model.device)
+        passes = dict(forward=forward[0], forward_cpu=forward[1], in_forward_passes=wall/forward[0], in_forward_passes_cpu=cpu/forward[1]) if forward else {}
+        return model, plan, dict(prune=wall, prune_cpu=cpu, **passes), memory['extra']
+
+
+def surgeon():
+    "LLM Surgeon: coupled, and as published with its baselines; windows of calibration in the name."
+    yield 'surgeon-mlp_channel-0.2-4-shots', Surgeon(shots=4, rounds=2, fresh=True), .2, 'wikitext2'
+    for shots in (1, 2, 4): yield f'surgeon-mlp_channel-0.2-{shots}-shots-32-windows', Surgeon(shots=shots, rounds=2, fresh=True), .2, 'wikitext2', 32, 16*shots
+    yield 'surgeon-mlp_channel-0.2-1-shot-1-round-32-windows', Surgeon(shots=1, rounds=1), .2, 'wikitext2', 32, 16
+    for criterion in ('full', 'k_obd', 'magnitude', 'within'):
+        few = dict(shots=1) if criterion == 'magnitude' else dict(shots=2, fresh=True, damp=.1)
+        yield f'surgeon-structures-{criterion}-0.2-8-windows', Zeroed('structures', zero_structures, criterion=criterion, **few), .2, 'wikitext2', 8, 8
+
+
+def single_weights(model, windows, sparsity, score, m=None, gradients=None, **options):
+    "Zero single weights, m - n of m if m is given; `gradients` is the number of windows for the curvature of the dense model."
+    pattern = dict(sparsity=sparsity) if m is None else dict(n=round(m*(1 - sparsity)), m=m)
+    if score == 'wanda': return sparsify(model, windows, **pattern)
+    if score == 'shots': return sparsify_shots(model, windows, **pattern, **options)
+    if score == 'magnitude':
+        linears = decoder_linears(model)
+        for l in linears.values(): weight_of(l).data.mul_(keep_strongest(weight_of(l).data.abs(), **pattern))
+        return zeros_among(linears)
+    factors = gradients and curvature(model, Windows(windows.ids[:gradients], windows.source), 2)
+    return sparsify_elements(model, windows, **pattern, factors=factors, **options)
+
+
+def elements():
+    "Single weights, half of them, anywhere or two of four; windows of calibration in the name where they are not 64."
+    for tag, m in (('0.5', None), ('2of4', 4)):
+        given = lambda score, **kw: Zeroed('elements', single_weights, score=score, m=m, **kw)
+        yield f'elements-{tag}-inputs', given('inputs'), .5, 'wikitext2'
+        yield f'elements-{tag}-curvature', given('curvature', gradients=32), .5, 'wikitext2'
+        yield f'elements-{tag}-curvature-16', given('curvature', gradients=16), .5, 'wikitext2'
+        yield f'elements-{tag}-magnitude', given('magnitude'), .5, 'wikitext2'
+        yield f'elements-{tag}-wanda', given('wanda'), .5, 'wikitext2'
+        for shots in (1, 2, 5): yield f'elements-{tag}-shots-{shots}-16-windows', given('shots', shots=shots), .5, 'wikitext2', 32, 16
+    yield 'elements-0.5-global', Zeroed('elements', single_weights, score='curvature', gradients=32, allocation='global'), .5, 'wikitext2'
+
+
 def settings():
-    "Method, sparsity, calibration text and, where they are not 64, windows of evaluation and calibration, by the name of the file."
-    return {name: rest for family in (fasp, scores, depth2) for name, *rest in family()}
+    "Method, sparsity, calibration text and, where they are not 64, 64, 512 and 0, windows of evaluation, and windows, length and seed of calibration, by the name of the file."
+    return {name: rest for family in (fasp, scores, depth2, bonsai, surgeon, elements) for name, *rest in family()}
+
+
+def where(model, plan):
+    "Where the sparsity went, for results of LLM Surgeon."
+    if plan.method == 'surgeon': return dict(units_kept={n: [len(k), plan.units[n]] for n, k in plan.kept.items()})
+    if plan.method == 'elements': return dict(zeros={n: zeros_among({n: l}) for n, l in decoder_linears(model).items()})
+    if plan.method != 'structures': return {}
+    zeros = {n: zero_share([m]) for n, m in decoder_linears(model).items()}
+    before = sum(p.numel() for m in decoder_linears(model).values() for p in m.parameters())
+    drop_dead(small := copy.deepcopy(model))
+    return dict(zeros=zeros, removable=1 - sum(p.numel() for m in decoder_linears(small).values() for p in m.parameters())/before)
 
 
 def main():
@@ -72,20 +150,29 @@ def main():
     if unknown := [g for g in given if not any(fnmatch(n, g) for n in settings())]: parser.error(f'no setting is called {", ".join(unknown)}')
     model, tokenizer = load_model('smollm2-135m')
     @cache
-    def calibration(source, n=64): return load_windows(source, model, tokenizer, n=n, seqlen=512, seed=0)
+    def calibration(source, n=64, seqlen=512, seed=0): return load_windows(source, model, tokenizer, n=n, seqlen=seqlen, seed=seed)
     @cache
     def dense(n):
-        "Evaluation windows, the dense model's measures on them, and, under the full protocol, the time of a forward pass."
+        "Evaluation windows, and the dense model's measures on them."
         test = load_windows('wikitext2', model, tokenizer, n=n, seqlen=512, evaluation=True)
-        before, forward = measure(model, tokenizer, test), timed_forward(model, calibration('wikitext2')) if n == 64 else None
-        print(f'dense {before["perplexity"]} on {n} windows' + (f', a forward pass over the calibration tokens takes {forward[0]:.0f} s' if forward else ''), flush=True)
-        return test, before, forward
+        before = measure(model, tokenizer, test)
+        print(f'dense {before["perplexity"]} on {n} windows', flush=True)
+        return test, before
+    @cache
+    def forward(n=64, seqlen=512):
+        "Seconds of a forward pass over as many tokens."
+        seconds = timed_forward(model, calibration('wikitext2', n, seqlen))
+        print(f'a forward pass over {n} windows of {seqlen} tokens takes {seconds[0]:.0f} s', flush=True)
+        return seconds
     for name in wanted:
         method, sparsity, source, *windows = settings()[name]
-        test, before, forward = dense(*windows[:1] or [64])
-        small, plan, seconds, extra = timed_prune(copy.deepcopy(model), calibration(source, *windows[1:]), method, sparsity, forward)
-        after = measure(small, tokenizer, test)
-        record = result_record(small, plan, 'smollm2-135m', before, after, seed=0, seconds=seconds, peak_extra_bytes=extra)
+        n, *calibrating = windows or [64]
+        test, before = dense(n)
+        fit, whole, passes = calibration(source, *calibrating), copy.deepcopy(model), forward(*calibrating[:2]) if n == 64 or calibrating[1:] else None
+        small, plan, seconds, extra = method.timed(whole, fit, sparsity, passes) if isinstance(method, Zeroed) else timed_prune(whole, fit, method, sparsity, passes)
+        after, more = measure(small, tokenizer, test), dict(rounds=method.summary()) if hasattr(method, 'summary') else {}
+        record = result_record(small, plan, 'smollm2-135m', before, after, seed=dict(enumerate(windows)).get(3, 0), seconds=seconds, peak_extra_bytes=extra, **more, **where(small, plan))
+        record['settings'].pop('log', None)                # a path of this machine
         write_atomic(RESULTS/f'{name}.json', json.dumps(record, indent=1) + '\n')
         print(f'{name}: perplexity {after["perplexity"]}, true sparsity {plan.true_sparsity:.4f}, {seconds.get("in_forward_passes_cpu", math.nan):.2f} forward passes', flush=True)
 
