@@ -1,6 +1,5 @@
 """Bonsai: sub-models against masks of zeros, regressions against definitions, the log against a killed process, two workers against one."""
 import copy
-import functools
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_model
 from prunebook.bonsai import (L1_GRID, PRIORS, WORST, Bonsai, EvaluationLog, cut_units, fit_l1, fit_levels, hadamard, in_play, kendall_tau, prior_scores, published_pairs,
                               relative_size, orthogonal_pairs, sub_model, sub_model_losses, token_loss, _split, _wide)
 from prunebook.cli import main
@@ -26,15 +26,6 @@ from prunebook.text import Windows
 pytestmark = pytest.mark.usefixtures('one_thread')
 KINDS = [('mlp_channel', 'kv_group'), ('mlp_channel', 'value_channel'), ('mlp_channel', 'query_head'), ('kv_group',), ('mlp_channel',)]
 QUICK = dict(units=('mlp_channel', 'kv_group'), evaluations=8, step=.1, windows=2, seqlen=16)
-
-
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config):
-    "A copy of a model that is built once; a quarter of the time."
-    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 def windows(n=8, seqlen=16, seed=0): return Windows(torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed)), f'random {seed}')

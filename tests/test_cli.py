@@ -1,6 +1,4 @@
 """The commands in this process: what they print, what they write, and how they fail."""
-import copy
-import functools
 import json
 import os
 import re
@@ -8,28 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_model
 from fastcore.docments import docments
 from transformers import AutoModelForCausalLM
 
 from prunebook import cli, methods, save as save_module, text as text_module
 from prunebook.cli import COMMANDS, main
 from prunebook.couplings import couplings, slice_units
-from prunebook.models import tiny_model as build_model
 from prunebook.plan import PrunePlan
 from prunebook.save import load_pruned, save_pruned
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'no_data')
 VALUES = '{"units": ["value_channel", "mlp_channel"]}'
 QUICK = ['--text', 'passages', '--n', '3', '--seqlen', '64', '--eval_n', '3']
-
-
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config):
-    "A copy of a model that is built once; a quarter of the time."
-    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 @pytest.fixture

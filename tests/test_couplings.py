@@ -1,13 +1,13 @@
 """Masking is the oracle of slicing, on every family, kind of unit and ratio of query to key-value heads."""
 import copy
-import functools
 import io
 
 import pytest
 import torch
+from helpers import tiny_model
 from prunebook.couplings import (KINDS, PaddedValue, UnpaddedOutput, anatomy, check_kept, couplings, family_of, masked, removed_columns, slice_units,
                                  weight_of)
-from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
+from prunebook.models import TINY, decoder_linears, n_parameters
 from transformers.pytorch_utils import Conv1D
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -15,15 +15,6 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 WITH_KV = ('llama', 'mistral', 'qwen2', 'qwen3', 'phi', 'gemma')
 MODELS = [(f, k) for f in TINY for k in ((1, 2, 3, 6) if f in WITH_KV else (6,))]            # family, key-value heads of 6 query heads
 ONE_EACH = [(f, 2 if f in WITH_KV else 6) for f in TINY]                                       # all kinds of units that the family can have
-
-
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config):
-    "A copy of a model that is built once; a quarter of the time."
-    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 # ---- what the tests share -------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
 """Depth-2 pruning: distances of heads, second moments and reconstruction against their definitions, on every family."""
 import copy
-import functools
 import math
 
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook.couplings import anatomy, couplings, weight_of
 from prunebook.depth2 import (CHOICES, Depth2, Moments, block_errors, column_moments, cross_gram, head_distances, js_sums, observed_attention,
                               removal_order, second_level, similarity_scores)
 from prunebook.methods import as_method, prune
-from prunebook.models import TINY, tiny_model as build_model
+from prunebook.models import TINY
 from prunebook.plan import PrunePlan
 from prunebook.repair import restore_columns
 from prunebook.save import load_pruned, save_pruned
@@ -19,15 +19,6 @@ from prunebook.walk import twin, walk
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 GROUPED = ('llama', 'mistral', 'qwen2', 'qwen3', 'phi', 'gemma')
-
-
-@functools.cache
-def _built(family, config): return build_model(family, 0, **dict(config))
-
-
-def tiny_model(family, **config):
-    "A copy of a model that is built once."
-    return copy.deepcopy(_built(family, tuple(sorted(config.items()))))
 
 
 def windows(n=8, seqlen=24, seed=0): return Windows(torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed)), f'random {seed}')

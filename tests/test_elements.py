@@ -1,17 +1,17 @@
 """Single weights: costs, joint updates and the search against dense oracles; exact counts and refusals on every family."""
 import copy
-import functools
 import itertools
 import math
 
 import pytest
 import torch
+from helpers import tiny_model as shared_model
 from hypothesis import given, strategies as st
 from prunebook.couplings import slice_units, weight_of
 from prunebook.curvature import curvature, optimal_removal
 from prunebook.elements import (element_costs, element_products, elements_work, keep_strongest, one_threshold, prune_elements, refit_kept, remove_in_chunks, remove_together, ridged, same_share,
                                 sparsify_elements, sparsify_shots, split_weights, zeros_among)
-from prunebook.models import TINY, decoder_linears, tiny_model as build_model
+from prunebook.models import TINY, decoder_linears
 from prunebook.scores import sparsify, wanda_mask, with_bias
 from prunebook.text import Windows
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,11 +22,7 @@ PATTERNS = [dict(sparsity=.3), dict(sparsity=.5), dict(n=2, m=4), dict(n=1, m=4)
 WIDTH = dict(opt='ffn_dim', gpt2='n_inner')
 
 
-@functools.cache
-def _built(family): return build_model(family, **{WIDTH.get(family, 'intermediate_size'): 40})
-
-
-def tiny_model(family): return copy.deepcopy(_built(family))
+def tiny_model(family): return shared_model(family, **{WIDTH.get(family, 'intermediate_size'): 40})
 def windows(n=6, seqlen=16): return Windows(torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(0)), 'random')
 def snapshot(m): return {n: t.clone() for n, t in m.state_dict().items()}
 def same(m, state): return all(torch.equal(t, state[n]) for n, t in m.state_dict().items())

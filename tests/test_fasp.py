@@ -1,14 +1,14 @@
 """FASP against a brute-force pruner that shares no code with it, and what it must do and refuse on every family."""
 import copy
-import functools
 import math
 
 import pytest
 import torch
+from helpers import tiny_model
 from prunebook.couplings import anatomy, couplings
 from prunebook.fasp import FASP, column_scores, fasp_work, rank_correlation, unit_scores
 from prunebook.methods import METHODS, as_method, prune
-from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
+from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import damp_for
 from prunebook.text import Windows, random_tokens
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,15 +17,6 @@ from transformers.pytorch_utils import Conv1D
 pytestmark = pytest.mark.usefixtures('one_thread')
 BOTH, MLP = ('value_channel', 'mlp_channel'), ('mlp_channel',)
 FAMILIES = [*[(f, {}) for f in TINY], ('llama', dict(num_key_value_heads=3, attention_bias=False, mlp_bias=False)), ('qwen3', dict(num_key_value_heads=6))]
-
-
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config):
-    "A copy of a model that is built once; a quarter of the time."
-    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 def windows(n=8, seqlen=24, seed=0): return Windows(torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed)), f'random {seed}')

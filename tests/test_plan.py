@@ -1,28 +1,19 @@
 """Plans: enough goes and hardly more, groups stay equal, files are whole or absent, and a plan fits one model only."""
 import copy
-import functools
 import json
 import os
 import stat
 
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook import plan as plan_module
 from prunebook.couplings import Coupling, check_kept, couplings, slice_units
-from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
+from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.plan import PrunePlan, bundles, check_sparsity, global_steps, keep_after, model_fingerprint, uniform_steps, write_atomic
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config):
-    "A copy of a model that is built once; a quarter of the time."
-    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 # ---- tables of couplings without a model ----------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What is loaded is what was saved, bit for bit; and nothing but whole folders is ever left or accepted."""
 import copy
 import errno
-import functools
 import json
 import multiprocessing
 import os
@@ -13,28 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
 from prunebook import models as models_module, save as save_module
 from prunebook.couplings import PaddedValue, UnpaddedOutput, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.methods import prune
-from prunebook.models import MANIFEST, TINY, is_complete, tiny_model as build_model
+from prunebook.models import MANIFEST, TINY, is_complete
 from prunebook.save import fits_stock_class, load_pruned, modeling_source, narrow_config, save_pruned, stock_class
 from prunebook.text import Windows
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 fork = multiprocessing.get_context('fork') if hasattr(os, 'fork') else None
-
-
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config):
-    "A copy of a model that is built once; a quarter of the time."
-    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 @pytest.fixture(scope='module')

@@ -1,14 +1,14 @@
 """The baselines against brute force, planted orders and finite differences, and what they must do and refuse on every family."""
 import copy
-import functools
 import itertools
 
 import pytest
 import torch
+from helpers import tiny_model
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.fasp import FASP
 from prunebook.methods import METHODS, MODULES, as_method, prune
-from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
+from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.plan import PrunePlan
 from prunebook.save import fits_stock_class, load_pruned, save_pruned
 from prunebook.scores import (FLAP, Magnitude, Random, Scored, Taylor, WandaSp, channel_moments, constant_weights, fluctuation, loss_gradients, sparsify,
@@ -28,11 +28,6 @@ CUT = [Random(units=BOTH), Magnitude(units=BOTH), WandaSp(), FLAP(compensation='
 ids = lambda m: m.name if isinstance(m, Scored) else None
 
 
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config): return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 def windows(n=6, seqlen=16, seed=0): return Windows(torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed)), f'random {seed}')
 def snapshot(m): return {n: t.clone() for n, t in m.state_dict().items()}
 def same(m, state): return m.state_dict().keys() == state.keys() and all(torch.equal(t, state[n]) for n, t in m.state_dict().items())

@@ -1,15 +1,15 @@
 """LLM Surgeon against brute force on small quadratics, and what it must do and refuse on every family."""
 import copy
-import functools
 
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook import surgeon as module
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.curvature import Factors, curvature, damped_inverse
 from prunebook.methods import as_method, prune
-from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
+from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import restore_columns
 from prunebook.surgeon import (CRITERIA, Surgeon, dead_units, drop_dead, living, load_state, remove_rows, remove_structures, remove_units, row_costs,
                                save_state, set_weight, structure_costs, structured_threshold, unit_costs, with_bias, zero_share, zero_structures)
@@ -19,9 +19,6 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 UNITS = [('mlp_channel',), ('kv_group', 'mlp_channel'), ('value_channel', 'mlp_channel')]
 
 
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-def tiny_model(family, seed=0, **config): return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 def windows(n=6, seqlen=16, seed=0): return Windows(torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed)), f'random {seed}')
 def total(m): return n_parameters(decoder_linears(m).values())
 def snapshot(m): return {n: t.clone() for n, t in m.state_dict().items()}

@@ -1,27 +1,18 @@
 """A walk sees what an ordinary forward pass sees, however it is cut into batches, and leaves the model as it found it."""
 import copy
-import functools
 import gc
 import weakref
 
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook.couplings import anatomy, couplings, removed_columns, slice_units, weight_of
-from prunebook.models import TINY, tiny_model as build_model
+from prunebook.models import TINY
 from prunebook.text import Windows
 from prunebook.walk import gram, record_calls, replaced, walk, walk_bytes
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-
-@functools.cache
-def _built(family, seed, config): return build_model(family, seed, **dict(config))
-
-
-def tiny_model(family, seed=0, **config):
-    "A copy of a model that is built once; a quarter of the time."
-    return copy.deepcopy(_built(family, seed, tuple(sorted(config.items()))))
 
 
 def tokens(n=5, seqlen=12, seed=0): return Windows(torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed)), 'random')
