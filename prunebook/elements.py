@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'element_costs', 'keep_strongest', 'remove_together', 'remove_in_chunks', 'ridged', 'refit_kept',
-           'split_weights', 'prune_elements', 'same_share', 'one_threshold', 'zeros_among', 'sparsify_elements',
-           'sparsify_shots', 'element_products', 'elements_work']
+           'split_weights', 'prune_elements', 'same_share', 'one_threshold', 'sparsify_elements', 'sparsify_shots',
+           'element_products', 'elements_work']
 
 # %% ../nbs/51_elements.ipynb #1da26167
 import math
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .couplings import weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows, input_leaders
 from .models import decoder_linears, n_parameters
-from .scores import check_pattern, with_bias
+from .scores import check_pattern, linears_to_sparsify, with_bias, zeros_among
 from .surgeon import set_weight
 from .walk import walk, walk_bytes
 
@@ -211,20 +211,6 @@ def _moments(stage):
     total, tokens = sum(x.sum(0) for x in X)[:, None], C.new_full((1, 1), sum(len(x) for x in X))
     return torch.cat([torch.cat([C, total], 1), torch.cat([total.T, tokens], 1)])/tokens
 
-def _check_elements(model, windows, sparsity, n, m):
-    "The weights of the decoder by name; raises `ValueError` for what cannot be sparse."
-    if model.training: raise ValueError('The model is in training mode; call model.eval() first.')
-    windows.check(model)
-    linears = decoder_linears(model)
-    for l in linears.values(): check_pattern(weight_of(l).shape[1], sparsity, n, m)
-    return linears
-
-def zeros_among(
-    linears, # linear layers by name
-):
-    "Fraction of zeros among the weights of some linears, biases left out."
-    return sum((weight_of(l) == 0).sum().item() for l in linears.values())/sum(weight_of(l).numel() for l in linears.values())
-
 # %% ../nbs/51_elements.ipynb #3c3a7a09
 @torch.no_grad()
 def sparsify_elements(
@@ -243,7 +229,7 @@ def sparsify_elements(
     device=None, # visit this device block by block; by default blocks stay where they are
 ):
     "Zero single weights, sub-layer after sub-layer, and let the others adapt; returns the fraction of zeros among the decoder's weights."
-    linears = _check_elements(model, windows, sparsity, n, m)
+    linears = linears_to_sparsify(model, windows, sparsity, n, m)
     if wrong := [k for k, l in linears.items() if factors is not None and (k not in factors or len(factors[k].G) != len(weight_of(l)))]:
         raise ValueError(f'factors has nothing that fits {wrong[0]!r}; compute them with curvature(model, windows).')
     pattern = {name: dict(n=n, m=m) for name in linears}
@@ -291,7 +277,7 @@ def sparsify_shots(
     report=None, # called after every shot with its number
 ):
     "LLM Surgeon for single weights: one threshold for the whole network, curvature anew in each shot; returns the fraction of zeros."
-    linears = _check_elements(model, windows, sparsity, n, m)
+    linears = linears_to_sparsify(model, windows, sparsity, n, m)
     if update not in UPDATES: raise ValueError(f'Unknown update {update!r}; there are {", ".join(UPDATES)}.')
     if not (isinstance(shots, int) and shots > 0): raise ValueError(f'shots is {shots!r}; it is a number of rounds, at least 1.')
     total, share = sum(weight_of(l).numel() for l in linears.values()), 1 - n/m if sparsity is None else sparsity

@@ -114,14 +114,15 @@ def _versions():
 
 def write_atomic(
     path, # file to write
-    text, # its new content
+    content, # its new text, or a function that writes the file it is given
 ):
-    "Write a text file so that a reader sees the old content or the new, never a part."
+    "Write a file so that a reader sees the old content or the new, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}-{os.getpid()}')
     try:
-        tmp.write_text(text, encoding='utf-8')
+        if callable(content): content(tmp)
+        else: tmp.write_text(content, encoding='utf-8')
         os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)

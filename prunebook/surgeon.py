@@ -10,14 +10,14 @@ __all__ = ['CRITERIA', 'row_costs', 'remove_rows', 'living', 'remove_structures'
 # %% ../nbs/52_surgeon.ipynb #f9f6fdc1
 from dataclasses import dataclass, replace
 from pathlib import Path
-import os, torch
+import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .couplings import anatomy, couplings, slice_units, weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows
 from .methods import Method
 from .models import blocks, decoder_linears, n_parameters
-from .plan import global_steps, keep_after, model_fingerprint
+from .plan import global_steps, keep_after, model_fingerprint, write_atomic
 from .scores import module_names, with_bias
 from .text import Windows
 
@@ -148,13 +148,9 @@ def save_state(
     **content, # what else the next shot needs
 ):
     "Write the decoder's weights and some values so that a reader sees the old file or the new."
-    path, prefix = Path(path), blocks(model)[0] + '.'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}-{os.getpid()}')
-    try:
-        torch.save(dict(key=key, weights={n: t for n, t in model.state_dict().items() if n.startswith(prefix)}, **content), tmp)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    prefix = blocks(model)[0] + '.'
+    weights = {n: t for n, t in model.state_dict().items() if n.startswith(prefix)}
+    write_atomic(path, lambda file: torch.save(dict(key=key, weights=weights, **content), file))
 
 # %% ../nbs/52_surgeon.ipynb #e89de7f8
 def load_state(

@@ -11,26 +11,29 @@ import argparse
 import copy
 import json
 import math
+import os
 import tempfile
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
 from prunebook.bonsai import Bonsai
-from prunebook.cli import _clock, result_record, timed_forward, timed_prune
+from prunebook.cli import result_record, timed, timed_forward
 from prunebook.couplings import weight_of
 from prunebook.curvature import curvature
 from prunebook.depth2 import Depth2
-from prunebook.elements import keep_strongest, sparsify_elements, sparsify_shots, zeros_among
-from prunebook.evaluate import measure, peak_memory
+from prunebook.elements import keep_strongest, sparsify_elements, sparsify_shots
+from prunebook.evaluate import measure
 from prunebook.fasp import FASP
-from prunebook.models import decoder_linears, load_model
+from prunebook.methods import prune
+from prunebook.models import decoder_linears, load_model, n_parameters
 from prunebook.plan import PrunePlan, model_fingerprint, write_atomic
-from prunebook.scores import FLAP, Magnitude, Random, Taylor, WandaSp, sparsify
+from prunebook.scores import FLAP, Magnitude, Random, Taylor, WandaSp, sparsify, zeros_among
 from prunebook.surgeon import Surgeon, drop_dead, zero_share, zero_structures
 from prunebook.text import Windows, load_windows
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'p1'
+LOGS = Path(tempfile.gettempdir())/f'prunebook-{os.getpid()}'    # of this process only, or times would be those of a run gone on with
 MLP, VALUES = ('mlp_channel',), ('value_channel', 'mlp_channel')
 
 
@@ -70,7 +73,7 @@ def bonsai():
     for seed in range(3):
         for estimator in ('levels', 'prior'):
             for restore in (False, True):                  # the second run goes on from the sub-models of the first
-                log = Path(tempfile.gettempdir())/f'prunebook-bonsai-{estimator}-{seed}.jsonl'
+                log = LOGS/f'{estimator}-{seed}.jsonl'
                 yield (f'bonsai-{estimator}-0.2-{"restored" if restore else "cut"}-32-windows-{seed}',
                        Bonsai(estimator=estimator, restore=restore, seed=seed, log=str(log)), .2, 'wikitext2', 32, 64, 128, seed)
     same = dict(units=MLP, evaluations=128, windows=2, seqlen=128, step=.2, tolerance=0.)    # as much text, and as many sub-models
@@ -78,16 +81,14 @@ def bonsai():
 
 
 class Zeroed:
-    "A function of model, windows and sparsity that zeroes weights in place, measured like a method."
+    "A function of model, windows and sparsity that zeroes weights in place, called like a method."
     def __init__(self, name, f, **settings): self.name, self.f, self.settings = name, f, settings
 
-    def timed(self, model, windows, sparsity, forward=None):
-        "What `timed_prune` gives."
+    def prune(self, model, windows, sparsity):
+        "The model with its zeros, and a plan that says how many."
         plan = PrunePlan(self.name, self.settings, sparsity, {}, {}, model_fingerprint(model), repr(windows))
-        with peak_memory() as memory:
-            plan.true_sparsity, wall, cpu = _clock(lambda: self.f(model, windows, sparsity, **self.settings), model.device)
-        passes = dict(forward=forward[0], forward_cpu=forward[1], in_forward_passes=wall/forward[0], in_forward_passes_cpu=cpu/forward[1]) if forward else {}
-        return model, plan, dict(prune=wall, prune_cpu=cpu, **passes), memory['extra']
+        plan.true_sparsity = self.f(model, windows, sparsity, **self.settings)
+        return model, plan
 
 
 def surgeon():
@@ -137,9 +138,9 @@ def where(model, plan):
     if plan.method == 'elements': return dict(zeros={n: zeros_among({n: l}) for n, l in decoder_linears(model).items()})
     if plan.method != 'structures': return {}
     zeros = {n: zero_share([m]) for n, m in decoder_linears(model).items()}
-    before = sum(p.numel() for m in decoder_linears(model).values() for p in m.parameters())
     drop_dead(small := copy.deepcopy(model))
-    return dict(zeros=zeros, removable=1 - sum(p.numel() for m in decoder_linears(small).values() for p in m.parameters())/before)
+    size = lambda m: n_parameters(decoder_linears(m).values())
+    return dict(zeros=zeros, removable=1 - size(small)/size(model))
 
 
 def main():
@@ -169,7 +170,8 @@ def main():
         n, *calibrating = windows or [64]
         test, before = dense(n)
         fit, whole, passes = calibration(source, *calibrating), copy.deepcopy(model), forward(*calibrating[:2]) if n == 64 or calibrating[1:] else None
-        small, plan, seconds, extra = method.timed(whole, fit, sparsity, passes) if isinstance(method, Zeroed) else timed_prune(whole, fit, method, sparsity, passes)
+        pruning = (lambda: method.prune(whole, fit, sparsity)) if isinstance(method, Zeroed) else lambda: prune(whole, fit, method, sparsity, inplace=True)
+        (small, plan), seconds, extra = timed(pruning, model.device, passes)
         after, more = measure(small, tokenizer, test), dict(rounds=method.summary()) if hasattr(method, 'summary') else {}
         record = result_record(small, plan, 'smollm2-135m', before, after, seed=dict(enumerate(windows)).get(3, 0), seconds=seconds, peak_extra_bytes=extra, **more, **where(small, plan))
         record['settings'].pop('log', None)                # a path of this machine

@@ -10,9 +10,9 @@ from hypothesis import given, strategies as st
 from prunebook.couplings import slice_units, weight_of
 from prunebook.curvature import curvature, optimal_removal
 from prunebook.elements import (element_costs, element_products, elements_work, keep_strongest, one_threshold, prune_elements, refit_kept, remove_in_chunks, remove_together, ridged, same_share,
-                                sparsify_elements, sparsify_shots, split_weights, zeros_among)
+                                sparsify_elements, sparsify_shots, split_weights)
 from prunebook.models import TINY, decoder_linears
-from prunebook.scores import sparsify, wanda_mask, with_bias
+from prunebook.scores import sparsify, wanda_mask, with_bias, zeros_among
 from prunebook.text import Windows
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
