@@ -16,8 +16,8 @@ DEMO := demo/smollm2-135m-fasp-0.2
 say   = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test check-export check-clean check-readme docs-check test-notebooks test-unit \
-        sync readme docs clean distclean
+.PHONY: help install install-dev demo test check-export check-clean check-readme docs-check bench-check \
+        test-notebooks test-unit site-tools sync readme docs clean distclean
 
 help:  ## this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -56,7 +56,7 @@ demo: $(VENV)/.ready  ## prune SmolLM2-135M by 20 % with FASP and report what it
 
 # ---- tests: `make test` runs the steps below in this order and stops at the first that fails ----------------------------
 
-STEPS := check-export check-clean check-readme docs-check test-notebooks test-unit
+STEPS := check-export check-clean check-readme docs-check bench-check test-notebooks test-unit
 
 test: $(VENV)/.ready-dev  ## every check below; stops at the first that fails
 	@for step in $(STEPS); do $(MAKE) --no-print-directory $$step || { printf '\n==> FAILED: %s\n' $$step; exit 1; }; done
@@ -74,9 +74,22 @@ check-readme: $(VENV)/.ready-dev  ## is README.md what nbs/index.ipynb gives?
 	$(call say,Step check-readme: is README.md in step with nbs/index.ipynb? (1 s))
 	@$(PY) scripts/make_readme.py --check
 
-docs-check: $(VENV)/.ready-dev  ## links, labels, citations, TeX and saved outputs of the docs
-	$(call say,Step docs-check: links and labels and citations and TeX and saved outputs (under 1 min))
-	@$(PY) scripts/check_docs.py
+docs-check: $(VENV)/.ready-dev site-tools  ## the docs without Quarto: links, TeX, outputs, and every page in a browser
+	$(call say,Step docs-check: generated pages and links and labels and citations and TeX and alt texts (1 min))
+	@$(PY) scripts/make_pages.py --check
+	@$(PY) scripts/check_docs.py --alt
+	$(call say,Step docs-check: every page in a browser; skipped without Chromium (3 min))
+	@$(PY) -m pytest tests/test_site.py -q -rs
+
+site-tools:  ## axe-core and MathJax from npm for the browser checks, in .site-tools
+	@if [ -d .site-tools/node_modules/axe-core ] && [ -d .site-tools/node_modules/mathjax ]; then :; \
+	elif command -v npm >/dev/null; then printf '\n==> Installing axe-core and MathJax from npm into .site-tools (10 s)\n' && \
+	  npm install --prefix .site-tools --no-audit --no-fund --silent axe-core@4 mathjax@3 || echo 'npm could not install them: formulas and accessibility will not be checked'; \
+	else echo 'npm is not installed: formulas and accessibility will not be checked'; fi
+
+bench-check: $(VENV)/.ready-dev  ## measure the smallest cell of each method again and compare with results/smoke
+	$(call say,Step bench-check: are the committed results of the smallest cells still true? (5 min))
+	@$(VENV)/bin/prunebook bench results/smoke.yml --out results/smoke --check
 
 test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
 	$(call say,Step test-notebooks: every notebook from top to bottom (about 25 min on two cores; the time of each below))
@@ -84,13 +97,14 @@ test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
 
 test-unit: $(VENV)/.ready-dev  ## run tests/
 	$(call say,Step test-unit: the tests in tests/ (about 6 min; the slowest are listed at the end))
-	@$(PY) -m pytest tests -q --durations=15
+	@$(PY) -m pytest tests -q --durations=15 --ignore=tests/test_site.py
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
 
-sync: $(VENV)/.ready-dev  ## export and clean the notebooks, write README.md
-	$(call say,Exporting and cleaning the notebooks and writing README.md (5 s))
+sync: $(VENV)/.ready-dev  ## export and clean the notebooks, write README.md and the generated pages
+	$(call say,Exporting and cleaning the notebooks and writing README.md and the generated pages (5 s))
 	@$(VENV)/bin/nbdev_export
+	@$(PY) scripts/make_pages.py
 	@$(VENV)/bin/nbdev_clean
 	@$(PY) scripts/make_readme.py
 
@@ -104,8 +118,8 @@ docs: $(VENV)/.ready-dev  ## build the site into _docs/ (needs Quarto 1.7+)
 
 clean:  ## delete what builds, tests and the demo leave behind
 	$(call say,Deleting generated files (not $(VENV): make distclean))
-	@rm -rf _proc _docs build dist demo .pytest_cache .hypothesis nbs/nbdev.yml nbs/.last_checked
+	@rm -rf _proc _docs _smoke build dist demo .pytest_cache .hypothesis nbs/nbdev.yml nbs/.last_checked
 	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
 
-distclean: clean  ## clean, and delete .venv
-	@rm -rf $(VENV) *.egg-info
+distclean: clean  ## clean, and delete .venv and .site-tools
+	@rm -rf $(VENV) .site-tools *.egg-info

@@ -116,6 +116,7 @@ def _column_prior(prior, W, X):
     if prior == 'wanda': return W.abs().mean(0)*X.square().mean(0).sqrt()
     return W.square().sum(0)*X.square().mean(0)
 
+# %% ../nbs/40_bonsai.ipynb #31da20ec
 @torch.no_grad()
 def prior_scores(
     model, # a causal language model
@@ -235,6 +236,7 @@ def _check(self:EvaluationLog, whole, raw, head):
         raise ValueError(f'{self.path} belongs to another run (it differs in {", ".join(differ)}); name another file, or delete it to begin anew.')
     if not lines and not json.dumps(head).encode().startswith(raw): raise ValueError(f'{self.path} is not an evaluation log; name another file.')
 
+# %% ../nbs/40_bonsai.ipynb #71cbd27f
 @patch
 def _read(self:EvaluationLog, head):
     "Take over what is there, without a torn line; False if there is not even a header."
@@ -255,6 +257,7 @@ def _write(self:EvaluationLog, record, mode='a'):
         f.write(json.dumps(record) + '\n')
         f.flush(); os.fsync(f.fileno())
 
+# %% ../nbs/40_bonsai.ipynb #0e02df62
 @patch
 def get(self:EvaluationLog,
     round, # number of the round
@@ -284,21 +287,24 @@ class Workers:
             state = PartialState(cpu=torch.device(device).type == 'cpu')
             self.rank, self.count = state.process_index, state.num_processes
 
-    def gather(self,
-        values, # a list
-    ):
-        "The lists of all processes, one after the other."
-        if self.count == 1: return values
-        from accelerate.utils import gather_object
-        return gather_object(values)
+# %% ../nbs/40_bonsai.ipynb #d24b6091
+@patch
+def gather(self:Workers,
+    values, # a list
+):
+    "The lists of all processes, one after the other."
+    if self.count == 1: return values
+    from accelerate.utils import gather_object
+    return gather_object(values)
 
-    def shared(self,
-        value, # any picklable value; that of the first process counts
-    ):
-        "The value of the first process, in all of them."
-        if self.count == 1: return value
-        from accelerate.utils import broadcast_object_list
-        return broadcast_object_list([value])[0]
+@patch
+def shared(self:Workers,
+    value, # any picklable value; that of the first process counts
+):
+    "The value of the first process, in all of them."
+    if self.count == 1: return value
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([value])[0]
 
 # %% ../nbs/40_bonsai.ipynb #ec490457
 def _fingerprint(mask, ids):
@@ -522,6 +528,7 @@ def _fit(self:Bonsai, table, prior, pool, X, y):
     member, kind = torch.arange(len(table)).repeat_interleave(each), torch.tensor([int(c.kind == 'mlp_channel') for c in table]).repeat_interleave(each)
     return fit_levels(X, y, relative_size(table, prior, pool), member, kind - kind.min(), torch.arange(len(y))//2)
 
+# %% ../nbs/40_bonsai.ipynb #62b38741
 @patch
 def _order(self:Bonsai, table, prior, pool, coefficients):
     "What units are chosen by: the coefficients in play, and out of reach for the others."
@@ -532,6 +539,15 @@ def _order(self:Bonsai, table, prior, pool, coefficients):
         coefficients = size*factor.clamp(min=.01*factor.abs().mean())
     if not self.per_parameter: coefficients = coefficients*costs                             # the choice divides by the cost
     return torch.where(pool, coefficients, 1e8*costs*(1 + prior/prior.max().clamp(min=1e-300)))
+
+# %% ../nbs/40_bonsai.ipynb #6dad0a5a
+@patch
+def _explained(self:Bonsai, entry):
+    "Fit the regression of a round, timed; coefficients, and what units are chosen by."
+    start, known = time.process_time(), (entry['table'], entry['prior'], entry['pool'])
+    entry['fit'] = self._fit(*known, entry['masks'], entry['rise'])
+    entry['fit_seconds'] = time.process_time() - start
+    return entry['fit'].coefficients, self._order(*known, entry['fit'].coefficients)
 
 # %% ../nbs/40_bonsai.ipynb #603f854f
 @patch
@@ -545,11 +561,7 @@ def _round(self:Bonsai, model, windows, table, removed, goal, total, log, worker
     else:
         share = min(1., 2*(budget/sum(c.cost*c.n_units for c in table) if self.rescale else goal - removed))
         entry.update(self._evaluate(model, windows, table, prior, share, log, workers))
-        start = time.process_time()
-        entry['fit'] = self._fit(table, prior, entry['pool'], entry['masks'], entry['rise'])
-        entry['fit_seconds'] = time.process_time() - start
-        scores = entry['fit'].coefficients
-        chosen = self._order(table, prior, entry['pool'], scores)
+        scores, chosen = self._explained(entry)
         steps = global_steps(table, dict(zip((c.name for c in table), _split(chosen, table))), budget/left, left)
     kept = {c.name: keep_after(c, s, steps[c.name]) for c, s in zip(table, _split(chosen, table))}
     entry['gone'] = torch.ones(len(prior), dtype=bool)

@@ -73,6 +73,7 @@ class Block:
     @property
     def mlp_second(self): return self.path(self.family.mlp_second)
 
+# %% ../nbs/03_couplings.ipynb #a6402eb5
 def _read_block(model, i, fused_heads=None):
     "The `Block` number `i`; `fused_heads` is the head count where q, k and v are one matrix and the module does not know it yet."
     family, (prefix, layers), cfg = family_of(model), blocks(model), model.config
@@ -168,6 +169,7 @@ def check_kept(
     if counts.min() != counts.max(): raise ValueError(f'{coupling.name}: {counts.tolist()} units would stay in its groups; the number must be equal.')
     return kept
 
+# %% ../nbs/03_couplings.ipynb #e12cfdee
 def removed_columns(
     coupling, # the coupling
     kept, # indices of the units that stay
@@ -195,6 +197,7 @@ def masked(
     finally:
         for W, columns, old in saved: W[:, columns] = old
 
+# %% ../nbs/03_couplings.ipynb #c2c9b38e
 def couplings_of(
     model, # a causal language model of `transformers`
     kept, # dict whose keys are coupling names
@@ -227,6 +230,7 @@ class PaddedValue(nn.Linear):
         v = nn.functional.pad(y[..., self.lead:].unflatten(-1, (-1, self.value_dim)), (0, self.head_dim - self.value_dim)).flatten(-2)
         return torch.cat([y[..., :self.lead], v], -1) if self.lead else v
 
+# %% ../nbs/03_couplings.ipynb #e11d7abb
 class UnpaddedOutput(nn.Linear):
     "An output projection that reads only the first channels of every head."
     def __init__(self, in_features, out_features, bias, head_dim, value_dim):

@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'observed_attention', 'js_sums', 'head_distances', 'removal_order', 'similarity_scores', 'Moments',
            'column_moments', 'cross_gram', 'first_level', 'second_level', 'Depth2', 'block_errors']
 
-# %% ../nbs/30_depth2.ipynb #4a6dd599
+# %% ../nbs/30_depth2.ipynb #89e7bc06
 from contextlib import contextmanager
 from dataclasses import dataclass
 import math, torch
@@ -25,7 +25,7 @@ from .repair import damp_for, ridge_solve
 from .text import Windows, random_tokens
 from .walk import cut, gram, twin, walk, walk_bytes
 
-# %% ../nbs/30_depth2.ipynb #f9af7749
+# %% ../nbs/30_depth2.ipynb #50d73713
 @contextmanager
 def observed_attention(
     model, # a causal language model of `transformers`
@@ -47,7 +47,7 @@ def observed_attention(
     try: yield
     finally: model.config._attn_implementation = before
 
-# %% ../nbs/30_depth2.ipynb #32ce3b9a
+# %% ../nbs/30_depth2.ipynb #d077d20c
 def js_sums(
     P, # attention probabilities, (batch, heads, rows, seqlen)
     distance=True, # sum its square root, a metric, instead of the divergence
@@ -61,7 +61,7 @@ def js_sums(
         D[i, i+1:] = (js.sqrt() if distance else js).sum((0, 2), dtype=torch.float64)
     return D + D.T
 
-# %% ../nbs/30_depth2.ipynb #98795870
+# %% ../nbs/30_depth2.ipynb #d1d5ecc3
 @torch.no_grad()
 def head_distances(
     model, # a causal language model of `transformers`
@@ -78,7 +78,7 @@ def head_distances(
         for ids in tqdm(windows.batches(batch_size, model.device), desc='comparing heads', leave=False): model.base_model(ids, use_cache=False)
     return [(s/tokens).cpu() for s in sums]
 
-# %% ../nbs/30_depth2.ipynb #4ba97dad
+# %% ../nbs/30_depth2.ipynb #f8a63959
 def removal_order(
     D, # distances of heads, symmetric, (heads, heads)
     groups=1, # consecutive groups of heads, each of which keeps at least one
@@ -93,7 +93,7 @@ def removal_order(
         order.append((head, d))
     return order
 
-# %% ../nbs/30_depth2.ipynb #39873684
+# %% ../nbs/30_depth2.ipynb #d8aca554
 def similarity_scores(
     coupling, # coupling of kind `query_head` or `kv_group`
     D, # distances of the query heads of its block, (heads, heads)
@@ -106,7 +106,7 @@ def similarity_scores(
     for head, d in order: scores[head] = d
     return scores
 
-# %% ../nbs/30_depth2.ipynb #7088b8f5
+# %% ../nbs/30_depth2.ipynb #983ab7ad
 @dataclass
 class Moments:
     "Second moments and mean of the input of first linears."
@@ -135,7 +135,7 @@ class Moments:
         "The same without the mean: S becomes the covariance."
         return Moments(self.S - self.mean[:, None]*self.mean, torch.zeros_like(self.mean))
 
-# %% ../nbs/30_depth2.ipynb #55168b3e
+# %% ../nbs/30_depth2.ipynb #7f54b231
 def _rows(model, name, index=slice(None)):
     "Some rows of a linear, and their biases."
     m = model.get_submodule(name)
@@ -152,7 +152,7 @@ def _activation(model):
     names = [getattr(model.config, k, None) for k in ('hidden_activation', 'hidden_act', 'activation_function')]
     return ACT2FN[next(n for n in names if n)]
 
-# %% ../nbs/30_depth2.ipynb #ed9905d2
+# %% ../nbs/30_depth2.ipynb #222c7093
 def column_moments(
     model, # a causal language model of `transformers`
     block, # its `Block`
@@ -170,7 +170,7 @@ def column_moments(
     scores = math.prod(norm2*moments.rows(W, bias) for W, bias in firsts)
     return scores if part == 'attention' else scores/2
 
-# %% ../nbs/30_depth2.ipynb #1ab7abf6
+# %% ../nbs/30_depth2.ipynb #aa436e7b
 def cross_gram(
     X, # list of inputs, each (..., m)
     Y, # list of targets for the same tokens, each (..., k)
@@ -183,7 +183,7 @@ def _load(model, name, W):
     m = model.get_submodule(name)
     m.weight = nn.Parameter((W.T if isinstance(m, Conv1D) else W).to(m.weight.dtype).contiguous(), requires_grad=m.weight.requires_grad)
 
-# %% ../nbs/30_depth2.ipynb #74cf52fa
+# %% ../nbs/30_depth2.ipynb #32ee52be
 def first_level(
     model, # model being pruned; its first linears get new weights
     new, # `Stage` of level `first` on the pruned trajectory
@@ -201,7 +201,7 @@ def first_level(
     U = ridge_solve(C, R @ W.float().T, damp, W.T if towards == 'weights' else None).T
     for n, u in zip(names, U.split([len(p) for p in parts])): _load(model, n, u)
 
-# %% ../nbs/30_depth2.ipynb #6a8e7bf0
+# %% ../nbs/30_depth2.ipynb #579cce46
 def second_level(
     model, # model being pruned
     new, # `Stage` of level `second` on the pruned trajectory
@@ -219,7 +219,7 @@ def second_level(
     if trust: R.lerp_(cross_gram([x[..., keep] for x in new.X], targets if m.bias is None else [y - m.bias for y in targets]), trust)
     return ridge_solve(C[keep][:, keep], R, damp, W[:, keep].T if towards == 'weights' else None).T
 
-# %% ../nbs/30_depth2.ipynb #1c03b8f1
+# %% ../nbs/30_depth2.ipynb #f4d0c35f
 @dataclass
 class Depth2(Method):
     "Greedy output approximation: prune inner units of depth-2 modules by head similarity and second moments (Li et al. 2025)."
@@ -249,7 +249,7 @@ class Depth2(Method):
         "The settings of the paper and its code: heads and channels, two steps, a ridge of 1e-4 towards zero."
         return cls(**{**dict(units=('kv_group', 'mlp_channel'), form='paper', reconstruct='two_step', trust=1., damp=1e-4, towards='zero'), **settings})
 
-# %% ../nbs/30_depth2.ipynb #5409dbdf
+# %% ../nbs/30_depth2.ipynb #56e1c147
 CHOICES = dict(heads=('similarity', 'second_moment', 'random'), form=('paper', 'code', 'measured'), sigma=('calibration', 'random', 'identity'),
                reconstruct=('none', 'one_step', 'two_step', 'kept_columns')) # settings of `Depth2` with few values
 
@@ -280,7 +280,7 @@ def bound(self:Depth2):
     "The largest possible distance (or divergence) of two heads."
     return math.log(2)**(.5 if self.distance else 1)
 
-# %% ../nbs/30_depth2.ipynb #e1f9cf0a
+# %% ../nbs/30_depth2.ipynb #5a74e7a4
 @patch
 def _head_scores(self:Depth2, model, windows, table):
     "Scores of heads that do not come from second moments, by coupling name."
@@ -292,7 +292,7 @@ def _head_scores(self:Depth2, model, windows, table):
     D = head_distances(model, Windows(windows.ids[:self.map_windows], 'maps'), self.distance, min(4, self.batch_size))
     return {c.name: similarity_scores(c, D[c.layer], self.bound) for c in table}
 
-# %% ../nbs/30_depth2.ipynb #52a51bee
+# %% ../nbs/30_depth2.ipynb #cf879cbb
 @patch
 def _steps(self:Depth2, table, value_dim, heads, sparsity, total):
     "How many bundles leave each coupling: heads by τ, number or share, and MLP channels for the rest."
@@ -315,7 +315,7 @@ def _nth(ladder, count, n):
     if n > 0: raise ValueError(f'n_heads asks for {n} more query heads than can leave while one stays in every group.')
     return float('inf')
 
-# %% ../nbs/30_depth2.ipynb #8c3bc8d2
+# %% ../nbs/30_depth2.ipynb #ec0cae0d
 def _mean_square(X): return sum(x.flatten(0, -2).float().pow(2).sum(0) for x in X)/sum(x.numel()//x.shape[-1] for x in X)
 
 @patch
@@ -330,7 +330,7 @@ def _given(self:Depth2, model, windows):
         given[s.layer, s.part] = Moments.of(s.X) if s.level == 'first' else (given[s.layer, s.part], _mean_square(s.X))
     return given
 
-# %% ../nbs/30_depth2.ipynb #b104b85a
+# %% ../nbs/30_depth2.ipynb #09168f57
 @patch
 def run(self:Depth2, model, windows, sparsity):
     shapes = anatomy(model)
@@ -350,7 +350,7 @@ def run(self:Depth2, model, windows, sparsity):
     else: self._walk(model, windows, work, given, choose)
     return kept, scores
 
-# %% ../nbs/30_depth2.ipynb #a09e38f3
+# %% ../nbs/30_depth2.ipynb #741b41a4
 @patch
 def _walk(self:Depth2, model, windows, work, given, choose):
     "Prune (and reconstruct) on the way: moments, first level, second level of every sub-layer, in order."
@@ -378,7 +378,7 @@ def _second(self:Depth2, model, new, old, c, moments, inner, choose, damp):
     fit = self.reconstruct == 'kept_columns'
     cut(model, c, new, kept, lambda W, keep: second_level(model, new, targets, C, damp, self.towards, keep, self.trust) if fit else W[:, keep])
 
-# %% ../nbs/30_depth2.ipynb #ec76e9fc
+# %% ../nbs/30_depth2.ipynb #21dffb15
 @torch.no_grad()
 def block_errors(
     dense, # a causal language model
@@ -393,7 +393,7 @@ def block_errors(
         total = total + torch.stack([((y.cpu() - x.cpu()).float().pow(2).sum(-1)/x.cpu().float().pow(2).sum(-1)).sum() for x, y in zip(a[1:-1], b[1:-1])])
     return total/windows.ids.numel()
 
-# %% ../nbs/30_depth2.ipynb #8a471964
+# %% ../nbs/30_depth2.ipynb #c1a9671e
 @patch
 def work(self:Depth2, model, tokens, sparsity=.2):
     "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."

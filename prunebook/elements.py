@@ -175,7 +175,7 @@ def prune_elements(
     else: V, keep = work, choose(element_costs(work, A, G, 0, 0))
     return refit_kept(work, V, keep, A, G, iterations).to(W.dtype)
 
-# %% ../nbs/51_elements.ipynb #c05959df
+# %% ../nbs/51_elements.ipynb #f6dacd67
 def same_share(
     sizes, # number of weights of each matrix, by name
     sparsity, # fraction of all of them that goes
@@ -184,6 +184,7 @@ def same_share(
     edges = [math.ceil(sparsity*e - 1e-6) for e in torch.tensor([0, *sizes.values()]).cumsum(0).tolist()]
     return {n: b - a for n, a, b in zip(sizes, edges, edges[1:])}
 
+# %% ../nbs/51_elements.ipynb #b476b688
 def one_threshold(
     costs, # cost of each weight of each matrix, by name
     gone, # number of weights that leave
@@ -301,7 +302,7 @@ def _adapted(W, f, keep, update, size, damp, damp_g, iterations):
     if update == 'chunks': return remove_in_chunks(W, A, G, keep, size, damp, damp_g)
     return refit_kept(W.float(), W.float(), keep, ridged(A, damp), ridged(G, damp_g), iterations)
 
-# %% ../nbs/51_elements.ipynb #05207771
+# %% ../nbs/51_elements.ipynb #6a415f24
 def element_products(
     rows, # outputs of a matrix
     columns, # its inputs
@@ -312,6 +313,7 @@ def element_products(
     "Floating point operations of the matrix products in `prune_elements`."
     return (2*steps + (steps > 0) + iterations + 1)*2*rows*columns*(columns + gradients*rows)
 
+# %% ../nbs/51_elements.ipynb #e30edfeb
 def elements_work(
     model, # a causal language model; may be on the meta device
     tokens, # calibration tokens

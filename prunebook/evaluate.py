@@ -21,12 +21,14 @@ def window_losses(
     model, # a causal language model
     windows, # `Windows` to read
     batch_size=2, # windows in a forward pass; logits need batch_size * seqlen * vocabulary floats
+    each=None, # called with the ids and the logits of every batch
 ):
     "Mean cross-entropy per token of every window, in nats; float64, (n,)."
     windows.check(model)
     losses = []
     for ids in tqdm(windows.batches(batch_size, model.device), desc='perplexity', leave=False):
         logits = model(ids, use_cache=False).logits        # (batch, seqlen, vocabulary)
+        if each: each(ids, logits)
         losses += [F.cross_entropy(l[:-1].float(), i[1:]).double().cpu() for l, i in zip(logits, ids)]
     return torch.stack(losses)
 
@@ -68,6 +70,7 @@ def weight_bytes(
     seen = {t.data_ptr(): t.numel()*t.element_size() for t in [*model.parameters(), *model.buffers()]}
     return sum(seen.values())
 
+# %% ../nbs/02_evaluate.ipynb #5e594ca2
 def _resident(key):
     "A line of /proc/self/status in bytes."
     with open('/proc/self/status') as f: return int(re.search(rf'{key}:\s+(\d+)', f.read())[1])*1024
@@ -100,6 +103,7 @@ def _timed(f, device):
     sync(); start = time.perf_counter(); f(); sync()
     return time.perf_counter() - start
 
+# %% ../nbs/02_evaluate.ipynb #bdcd8995
 @torch.no_grad()
 def speed(
     model, # a causal language model
@@ -136,6 +140,7 @@ def measure(
     return dict(perplexity=perplexity(model, windows), parameters=n_parameters([model]), linear_parameters=n_parameters(decoder_linears(model).values()),
                 bytes=weight_bytes(model), speed=speed(model), sample=tokenizer.decode(sample[0], skip_special_tokens=True), windows=repr(windows))
 
+# %% ../nbs/02_evaluate.ipynb #340655ae
 def _lines(m):
     "Rows of a report of one measurement: label, number, what to print."
     p = m['perplexity']
@@ -150,7 +155,7 @@ def report_table(
     "The two measurements and their ratio, as a Markdown table followed by a sample of both."
     rows = [f'| {label} | {b} | {a} | {va/vb:.2f} |' for (label, vb, b), (_, va, a) in zip(_lines(before), _lines(after))]
     d, e = loss_difference(before['perplexity'], after['perplexity'])
-    return '\n'.join(['| | before | after | ratio |', '|---|---|---|---|', *rows, '',
+    return '\n'.join(['| measure | before | after | ratio |', '|---|---|---|---|', *rows, '',
                       f'The loss rises by {d:.3f} ± {e:.3f} nats per token (paired, {before["windows"]}).', '',
                       *[f'> **{name}:** {" ".join(m["sample"].split())}\n' for name, m in [('before', before), ('after', after)]]])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['column_scores', 'rank_correlation', 'unit_scores', 'FASP', 'fasp_work']
 
-# %% ../nbs/20_fasp.ipynb #2d38a9e2
+# %% ../nbs/20_fasp.ipynb #94139aa0
 from dataclasses import dataclass
 import torch
 from .couplings import couplings, weight_of, anatomy
@@ -15,7 +15,7 @@ from .plan import uniform_steps, keep_after
 from .repair import damp_for, restore_columns
 from .walk import cut, walk, walk_bytes
 
-# %% ../nbs/20_fasp.ipynb #487d4b32
+# %% ../nbs/20_fasp.ipynb #3c2eecc7
 def column_scores(
     W, # weight of the second linear, (d, f)
     C, # second moments of its inputs, (f, f)
@@ -23,7 +23,7 @@ def column_scores(
     "FASP's score of every column of `W` (eq. score), float32, (f,)."
     return W.float().abs().sum(0)*C.diag().float().clamp(min=0).sqrt()
 
-# %% ../nbs/20_fasp.ipynb #5f4d1cae
+# %% ../nbs/20_fasp.ipynb #d3301692
 def rank_correlation(
     a, # numbers, (n,)
     b, # other numbers, (n,)
@@ -32,7 +32,7 @@ def rank_correlation(
     ranks = torch.stack([x.double().argsort().argsort().double() for x in (a, b)])
     return torch.corrcoef(ranks)[0, 1].item()
 
-# %% ../nbs/20_fasp.ipynb #8b4f355d
+# %% ../nbs/20_fasp.ipynb #0e5ee754
 def unit_scores(
     coupling, # the coupling
     columns, # score of every column of its second linear
@@ -40,7 +40,7 @@ def unit_scores(
     "Scores of units: the sum over their columns (eq. gqa)."
     return columns[coupling.second[1].to(columns.device)].sum(1)
 
-# %% ../nbs/20_fasp.ipynb #822a9a2d
+# %% ../nbs/20_fasp.ipynb #c4da4b06
 @dataclass
 class FASP(Method):
     "Prune coupled columns and rows by a Wanda-style column score, and restore by least squares (Hu et al. 2025)."
@@ -51,8 +51,6 @@ class FASP(Method):
     towards: str = 'weights' # what the ridge pulls to: `weights` or `zero`
     batch_size: int = 8 # windows in a forward pass
     device: str = None # visit this device block by block; by default blocks stay where they are
-
-
 
     def work(self, model, tokens, sparsity=.2): return fasp_work(model, tokens, self.units)
 
@@ -75,7 +73,7 @@ class FASP(Method):
         cut(model, c, stage, kept, lambda W, keep: restore_columns(W, C, keep, damp, self.towards) if self.restore else W[:, keep])
         return kept, scores.cpu()
 
-# %% ../nbs/20_fasp.ipynb #b0af8cb3
+# %% ../nbs/20_fasp.ipynb #5fe5b8cd
 def fasp_work(
     model, # a causal language model; may be on the meta device
     tokens, # calibration tokens

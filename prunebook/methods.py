@@ -18,7 +18,7 @@ from .text import self_generated
 METHODS = {} # method classes by name, filled as their modules are imported
 MODULES = dict(
     **dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores'),
-    fasp='prunebook.fasp', depth2='prunebook.depth2', bonsai='prunebook.bonsai', surgeon='prunebook.surgeon') # where the methods of this package live
+    fasp='prunebook.fasp', depth2='prunebook.depth2', bonsai='prunebook.bonsai', surgeon='prunebook.surgeon', recipe='prunebook.recipe') # where the methods of this package live
 
 @dataclass
 class Method:
@@ -72,7 +72,7 @@ def as_method(
 def prune(
     model, # a causal language model of `transformers`, in evaluation mode
     calibration, # `Windows` of text the method may look at; with None, the model writes them itself
-    method='fasp', # a `Method` or its name
+    method='recipe', # a `Method` or its name
     sparsity=.2, # fraction of the parameters of the decoder blocks' linears to remove, in [0, 1)
     inplace=False, # prune `model` itself instead of a copy
 ):

@@ -26,6 +26,7 @@ def blocks(
     if not found: raise ValueError(f'{type(model).__name__} has no list of {n} decoder blocks.')
     return found[0]
 
+# %% ../nbs/00_models.ipynb #c7826c2c
 def decoder_linears(
     model, # a causal language model of `transformers`
 ):
@@ -63,6 +64,7 @@ def _installed_gguf():
     paths = [Path(d)/name for d in (spec.submodule_search_locations if spec else [])]
     return next((p for p in paths if p.exists()), None)
 
+# %% ../nbs/00_models.ipynb #bd790b6a
 def _download_gguf(
     folder, # where the file is put
 ):
@@ -208,6 +210,7 @@ TINY = dict(
     phi=dict(_rope, partial_rotary_factor=.5),
     gemma=dict(_rope, num_key_value_heads=1, hidden_activation='gelu_pytorch_tanh', tie_word_embeddings=True)) # configurations of the tiny models, by family
 
+# %% ../nbs/00_models.ipynb #0391b5fc
 def tiny_model(
     family, # a key of `TINY`
     seed=0, # of the random weights

@@ -26,6 +26,7 @@ def bundles(
     first = torch.arange(coupling.groups)[:, None]*by_group.shape[1]
     return (order.cpu() + first).T, values.sum(0).cpu()
 
+# %% ../nbs/04_plan.ipynb #4a3fecb0
 def keep_after(
     coupling, # the coupling
     scores, # score of each unit, (units,)
@@ -48,6 +49,7 @@ def check_sparsity(
         kinds = ', '.join(sorted({c.kind for c in table})) or 'no units'
         raise ValueError(f'sparsity {sparsity} cannot be reached with {kinds}: at most {math.floor(most*1e4)/1e4} while one unit stays everywhere; add another kind of unit.')
 
+# %% ../nbs/04_plan.ipynb #5a5d19aa
 def _removed(table, steps): return sum(c.cost*c.groups*steps[c.name] for c in table)
 
 def _share_out(table, budget):
@@ -59,6 +61,7 @@ def _share_out(table, budget):
         low, high = (low, middle) if _removed(table, at(middle)) >= budget - 1e-6 else (middle, high)
     return at(high)
 
+# %% ../nbs/04_plan.ipynb #24fd3cf3
 def uniform_steps(
     table, # couplings that may give units
     sparsity, # fraction of decoder parameters to remove
@@ -112,6 +115,7 @@ def _versions():
     import transformers, prunebook
     return dict(prunebook=prunebook.__version__, torch=torch.__version__, transformers=transformers.__version__)
 
+# %% ../nbs/04_plan.ipynb #383c473b
 def write_atomic(
     path, # file to write
     content, # its new text, or a function that writes the file it is given
@@ -184,6 +188,7 @@ def _repr_markdown_(self:PrunePlan):
     return '\n'.join([f'**{self!r}**', '', '| units | before | kept | kept per block |', '|---|---|---|---|', *[line(k, v) for k, v in rows.items()], '',
                       f'settings {self.settings}, calibrated on {self.calibration or "nothing"}'])
 
+# %% ../nbs/04_plan.ipynb #d4bdd528
 @patch
 def plot(self:PrunePlan,
     ax=None, # matplotlib axes; new ones by default

@@ -85,6 +85,7 @@ class Pruned{base}({base}):
             for key, value in values.items(): setattr(self.get_submodule(name), key, value)
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
+# %% ../nbs/60_save.ipynb #2428fb79
 def modeling_source(
     model, # a pruned causal language model
 ):
@@ -99,6 +100,7 @@ def _check_room(folder, needed):
     free = shutil.disk_usage(place).free
     if free < needed: raise OSError(f'{place} has {free/2**20:.0f} MiB left and the model needs {needed/2**20:.0f}; free some space or choose another disk.')
 
+# %% ../nbs/60_save.ipynb #0a747c45
 def save_pruned(
     model, # a pruned causal language model
     plan, # its `PrunePlan`, or None

@@ -59,6 +59,7 @@ def _tokenize(text, tokenizer, seqlen):
     if len(ids) < seqlen: raise ValueError(f'The text has {len(ids)} tokens, too few for one window of {seqlen}; give more text or a smaller seqlen.')
     return ids
 
+# %% ../nbs/01_text.ipynb #fc107546
 def random_windows(
     text, # one string
     tokenizer, # a Hugging Face tokenizer
@@ -72,6 +73,7 @@ def random_windows(
     starts = torch.randint(0, len(ids) - seqlen + 1, (n,), generator=torch.Generator().manual_seed(seed))
     return Windows(torch.stack([ids[s:s + seqlen] for s in starts.tolist()]) if n else ids[:0].view(0, seqlen), f'{source}, random offsets, seed {seed}')
 
+# %% ../nbs/01_text.ipynb #9748ef6e
 def side_by_side_windows(
     text, # one string
     tokenizer, # a Hugging Face tokenizer
@@ -97,6 +99,7 @@ def _rows_to_raw(rows):
     "Rows of the hub dataset back to the raw file: an emptied line was a blank and a newline."
     return ''.join(r or ' \n' for r in rows)
 
+# %% ../nbs/01_text.ipynb #54330160
 def wikitext2(
     split, # `valid` (calibrate on this) or `test` (evaluate on this)
 ):

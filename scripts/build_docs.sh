@@ -11,6 +11,7 @@ trap 'rm -f "$log"' EXIT
 
 rm -rf _proc _docs
 nbdev_proc_nbs
+python scripts/site_files.py prepare _proc
 (cd _proc && NO_COLOR=1 quarto render --no-cache) 2>&1 | sed 's/\x1b\[[0-9;]*m//g' | tee "$log"
 
 if grep -nE '^\[?(WARN(ING)?|ERROR)\b' "$log" > /dev/null; then
@@ -20,4 +21,5 @@ if grep -nE '^\[?(WARN(ING)?|ERROR)\b' "$log" > /dev/null; then
 fi
 
 mv _proc/_docs _docs
+python scripts/site_files.py finish _proc _docs
 echo 'The site is in _docs/'

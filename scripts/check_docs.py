@@ -10,7 +10,9 @@ each page. Checked are
 - citations (through citeproc), the keys of the bibliography, TeX, and fenced divs that are not closed;
 - saved outputs: no errors, no paths of the machine the notebook ran on;
 - title cells: text beside the title and its `>` line is lost on the page, so there must be none;
-- the sidebar: it lists every notebook, and nothing else.
+- headings: no level is left out on the way down;
+- the sidebar: it lists every notebook, and nothing else;
+- _quarto.yml: no keys that Quarto 1.7 does not know (for the website it refuses them), and the files it names exist.
 With --alt, images without alternative text count as problems too.
 Nothing is written. Exit status: 0 if there is no problem, 1 otherwise. Needs nbdev and pypandoc_binary.
 """
@@ -258,6 +260,15 @@ def check_title(nb, page):
     if rest: page.report(f'the title cell holds more than "# Title" and one "> line", which the page drops: {" ".join(rest)[:80]}')
 
 
+def check_headings(page):
+    "Headings go down one level at a time; the title is level 1."
+    level = 1
+    for node in walk(page.ast):
+        if node['t'] != 'Header': continue
+        if node['c'][0] > level + 1: page.report(f'heading {node["c"][1][0]!r} is of level {node["c"][0]} below one of level {level}')
+        level = node['c'][0]
+
+
 # ---- checks of the project ------------------------------------------------------------------------------------------
 
 @dataclass
@@ -310,6 +321,31 @@ def listed(node):
         for key in ('href', 'file', 'contents'): yield from listed(node.get(key, []))
 
 
+PROJECT_KEYS = 'type output-dir render preview pre-render post-render resources lib-dir execute-dir title'.split()
+WEBSITE_KEYS = """title description favicon site-url site-path repo-url repo-link-target repo-link-rel repo-subdir repo-branch issue-url repo-actions reader-mode google-analytics announcement
+    cookie-consent search navbar sidebar body-header body-footer margin-header margin-footer page-navigation back-to-top-navigation bread-crumbs page-footer image image-alt image-height image-width
+    open-graph twitter-card other-links code-links drafts draft-mode comments""".split()
+HTML_KEYS = """theme css toc toc-depth toc-title toc-location toc-expand number-sections number-depth code-fold code-summary code-copy code-overflow code-tools code-line-numbers code-annotations
+    html-math-method fig-align fig-width fig-height fig-format fig-dpi fig-cap-location tbl-cap-location link-external-newwindow link-external-icon link-external-filter smooth-scroll anchor-sections
+    respect-user-color-scheme highlight-style include-in-header include-before-body include-after-body grid page-layout mainfont monofont fontsize linestretch lightbox citations-hover crossrefs-hover
+    footnotes-hover reference-location citation-location embed-resources axe""".split()
+TOP_KEYS = 'project website format lang bibliography csl link-citations nocite metadata-files crossref execute filters author date comments resources'.split()
+
+
+def check_settings(site):
+    "Keys of _quarto.yml that Quarto does not know, and files that are not there."
+    q, said = site.quarto, []
+    def unknown(where, given, known): said.extend(f'_quarto.yml: unknown key {where}{k}' for k in (given if isinstance(given, dict) else {}) if k not in known)
+    unknown('', q, TOP_KEYS)
+    unknown('project.', q.get('project'), PROJECT_KEYS)
+    unknown('website.', q.get('website'), WEBSITE_KEYS)
+    html, website = (q.get('format') or {}).get('html'), q.get('website') or {}
+    unknown('format.html.', html, HTML_KEYS)
+    css = html.get('css') if isinstance(html, dict) else None
+    files = [*([css] if isinstance(css, str) else css or []), website.get('favicon'), *(f for f in q.get('metadata-files') or [] if f != 'nbdev.yml')]
+    return said + [f'_quarto.yml: {f} does not exist' for f in files if f and not (site.nbs/f).exists()]
+
+
 def check_sidebar(site):
     "The sidebar lists each notebook once, and only files that exist."
     path = site.nbs/'sidebar.yml'
@@ -352,10 +388,11 @@ def check(root, alt=False):
         check_outputs(saved, page, root)
         if nb is None: continue
         check_labels(page, site.numbered_sections)
+        check_headings(page)
         for link in dict.fromkeys(page.links): check_link(link, page, site)
         check_rendering(page, site.bibliographies)
         if alt: check_alt(nb, page)
-    problems = check_sidebar(site) + [p for b in site.bibliographies for p in check_bibliography(b)]
+    problems = check_settings(site) + check_sidebar(site) + [p for b in site.bibliographies for p in check_bibliography(b)]
     problems += [p for page in site.pages.values() for p in page.problems]
     return len(site.pages), problems if site.pages else [*problems, 'no notebooks found']
 

@@ -4,8 +4,8 @@ usage: PRUNEBOOK_DATA=FOLDER python scripts/measure_p1.py NAME ...      the sett
 
 Calibration: 64 windows of 512 tokens at random offsets (seed 0) of the WikiText-2 validation text, unless a setting names
 another text. Evaluation: the first 64 windows of 512 tokens of its test text, or fewer where a setting says so. The dense
-model is measured, and under the full protocol one forward pass over the calibration tokens timed, once per process; a file
-is written as soon as its setting is done.
+model is measured, and under the full protocol one forward pass over the calibration tokens timed, once per process (not with
+`--untimed`); a file is written as soon as its setting is done.
 """
 import argparse
 import copy
@@ -13,10 +13,14 @@ import json
 import math
 import os
 import tempfile
+import time
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
+import prunebook.surgeon as surgeon_module
 from prunebook.bonsai import Bonsai
 from prunebook.cli import result_record, timed, timed_forward
 from prunebook.couplings import weight_of
@@ -28,8 +32,9 @@ from prunebook.fasp import FASP
 from prunebook.methods import prune
 from prunebook.models import decoder_linears, load_model, n_parameters
 from prunebook.plan import PrunePlan, model_fingerprint, write_atomic
+from prunebook.recipe import Recipe
 from prunebook.scores import FLAP, Magnitude, Random, Taylor, WandaSp, sparsify, zeros_among
-from prunebook.surgeon import Surgeon, drop_dead, zero_share, zero_structures
+from prunebook.surgeon import CRITERIA, Surgeon, drop_dead, zero_share, zero_structures
 from prunebook.text import Windows, load_windows
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'p1'
@@ -80,6 +85,11 @@ def bonsai():
     for seed in range(3): yield f'bonsai-published-0.2-cut-32-windows-{seed}', Bonsai.published(seed=seed, **same), .2, 'wikitext2', 32, 64, 128, seed
 
 
+def recipe():
+    "The recipe, at three sparsities; probes are measured once and kept."
+    for s in (.2, .3, .5): yield f'recipe-{s}', Recipe(log=str(LOGS/'recipe.json')), s, 'wikitext2'
+
+
 class Zeroed:
     "A function of model, windows and sparsity that zeroes weights in place, called like a method."
     def __init__(self, name, f, **settings): self.name, self.f, self.settings = name, f, settings
@@ -94,11 +104,11 @@ class Zeroed:
 def surgeon():
     "LLM Surgeon: coupled, and as published with its baselines; windows of calibration in the name."
     yield 'surgeon-mlp_channel-0.2-4-shots', Surgeon(shots=4, rounds=2, fresh=True), .2, 'wikitext2'
-    for shots in (1, 2, 4): yield f'surgeon-mlp_channel-0.2-{shots}-shots-32-windows', Surgeon(shots=shots, rounds=2, fresh=True), .2, 'wikitext2', 32, 16*shots
-    yield 'surgeon-mlp_channel-0.2-1-shot-1-round-32-windows', Surgeon(shots=1, rounds=1), .2, 'wikitext2', 32, 16
-    for criterion in ('full', 'k_obd', 'magnitude', 'within'):
+    for shots, rounds in ((2, 2), (1, 2), (1, 1)): yield f'surgeon-mlp_channel-0.2-{shots}-shots-{rounds}-rounds', Surgeon(shots=shots, rounds=rounds, fresh=True), .2, 'wikitext2', 64, 16*shots
+    yield 'surgeon-mlp_channel-0.2-4-shots-2-rounds-16-windows', Surgeon(shots=4, rounds=2, fresh=True), .2, 'wikitext2', 64, 16
+    for criterion in CRITERIA:
         few = dict(shots=1) if criterion == 'magnitude' else dict(shots=2, fresh=True, damp=.1)
-        yield f'surgeon-structures-{criterion}-0.2-8-windows', Zeroed('structures', zero_structures, criterion=criterion, **few), .2, 'wikitext2', 8, 8
+        for n in (8, 32): yield f'surgeon-structures-{criterion}-0.2-{n}-windows', Zeroed('structures', zero_structures, criterion=criterion, **few), .2, 'wikitext2', n, 8
 
 
 def single_weights(model, windows, sparsity, score, m=None, gradients=None, **options):
@@ -129,7 +139,7 @@ def elements():
 
 def settings():
     "Method, sparsity, calibration text and, where they are not 64, 64, 512 and 0, windows of evaluation, and windows, length and seed of calibration, by the name of the file."
-    return {name: rest for family in (fasp, scores, depth2, bonsai, surgeon, elements) for name, *rest in family()}
+    return {name: rest for family in (fasp, scores, depth2, bonsai, recipe, surgeon, elements) for name, *rest in family()}
 
 
 def where(model, plan):
@@ -143,10 +153,30 @@ def where(model, plan):
     return dict(zeros=zeros, removable=1 - size(small)/size(model))
 
 
+PARTS = dict(curvature=('curvature',), costs=('unit_costs', 'global_steps', '_choose'), update=('living_inverses', 'remove_units', 'remove_structures', 'set_weight'))
+
+
+@contextmanager
+def parts_timed():
+    "CPU seconds in the three parts of the shots of LLM Surgeon, by name of the part."
+    seconds, running = dict.fromkeys(PARTS, 0.), []
+    def clock(part, f):
+        def timed_part(*args, **kw):
+            if running: return f(*args, **kw)              # part of another part
+            running.append(part)
+            start = time.process_time()
+            try: return f(*args, **kw)
+            finally: seconds[running.pop()] += time.process_time() - start
+        return timed_part
+    with patch.multiple(surgeon_module, **{n: clock(part, getattr(surgeon_module, n)) for part, names in PARTS.items() for n in names}): yield seconds
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('names', nargs='+', help=', '.join(settings()))
-    given = parser.parse_args().names
+    parser.add_argument('--untimed', action='store_true', help='time no forward pass to compare with')
+    arguments = parser.parse_args()
+    given = arguments.names
     wanted = [n for g in given for n in settings() if fnmatch(n, g)]
     if unknown := [g for g in given if not any(fnmatch(n, g) for n in settings())]: parser.error(f'no setting is called {", ".join(unknown)}')
     model, tokenizer = load_model('smollm2-135m')
@@ -169,12 +199,13 @@ def main():
         method, sparsity, source, *windows = settings()[name]
         n, *calibrating = windows or [64]
         test, before = dense(n)
-        fit, whole, passes = calibration(source, *calibrating), copy.deepcopy(model), forward(*calibrating[:2]) if n == 64 or calibrating[1:] else None
+        fit, whole, passes = calibration(source, *calibrating), copy.deepcopy(model), forward(*calibrating[:2]) if (n == 64 or calibrating[1:]) and not arguments.untimed else None
         pruning = (lambda: method.prune(whole, fit, sparsity)) if isinstance(method, Zeroed) else lambda: prune(whole, fit, method, sparsity, inplace=True)
-        (small, plan), seconds, extra = timed(pruning, model.device, passes)
+        with parts_timed() as parts: (small, plan), seconds, extra = timed(pruning, model.device, passes)
         after, more = measure(small, tokenizer, test), dict(rounds=method.summary()) if hasattr(method, 'summary') else {}
         record = result_record(small, plan, 'smollm2-135m', before, after, seed=dict(enumerate(windows)).get(3, 0), seconds=seconds, peak_extra_bytes=extra, **more, **where(small, plan))
         record['settings'].pop('log', None)                # a path of this machine
+        if name.startswith('surgeon'): record.update(parts_cpu=parts, losses=dict(before=before['perplexity'].losses.tolist(), after=after['perplexity'].losses.tolist()))
         write_atomic(RESULTS/f'{name}.json', json.dumps(record, indent=1) + '\n')
         print(f'{name}: perplexity {after["perplexity"]}, true sparsity {plan.true_sparsity:.4f}, {seconds.get("in_forward_passes_cpu", math.nan):.2f} forward passes', flush=True)
 

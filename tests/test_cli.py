@@ -18,7 +18,7 @@ from prunebook.save import load_pruned, save_pruned
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'no_data')
 VALUES = '{"units": ["value_channel", "mlp_channel"]}'
-QUICK = ['--text', 'passages', '--n', '3', '--seqlen', '64', '--eval_n', '3']
+QUICK = ['--method', 'fasp', '--text', 'passages', '--n', '3', '--seqlen', '64', '--eval_n', '3']
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_prune(source, folders, run, tmp_path):
     if source == 'a file':
         (tmp_path/'text.txt').write_text('The quick brown fox jumps over the lazy dog. '*20)
         source = tmp_path/'text.txt'
-    code, out, err = run('prune', folders['dense'], '--out', tmp_path/'small', '--sparsity', '0.25', '--text', source, '--n', '3', '--seqlen', '64')
+    code, out, err = run('prune', folders['dense'], '--out', tmp_path/'small', '--method', 'fasp', '--sparsity', '0.25', '--text', source, '--n', '3', '--seqlen', '64')
     assert code == 0, err
     small, tokenizer, plan = load_pruned(tmp_path/'small', device='cpu')
     assert (plan.method, plan.sparsity) == ('fasp', .25) and .25 <= plan.true_sparsity < .3 and '3 windows of 64 tokens from' in plan.calibration
@@ -84,7 +84,7 @@ def test_prune(source, folders, run, tmp_path):
 
 
 def test_prune_gives_what_the_library_gives(folders, run, tmp_path):
-    args = ['prune', folders['dense'], '--sparsity', '0.2', '--text', 'random', '--n', '4', '--seqlen', '32', '--dtype', 'float32', '--seed', '3',
+    args = ['prune', folders['dense'], '--method', 'fasp', '--sparsity', '0.2', '--text', 'random', '--n', '4', '--seqlen', '32', '--dtype', 'float32', '--seed', '3',
             '--settings', '{"damp": 0.1, "units": ["value_channel", "mlp_channel"]}']
     assert run(*args, '--out', tmp_path/'a')[0] == 0
     small, _, plan = load_pruned(tmp_path/'a', device='cpu')
@@ -154,6 +154,7 @@ def test_pruning_a_pruned_folder(folders, run, tmp_path):
 
 def test_options_may_have_dashes(folders, run, tmp_path):
     assert run('prune', folders['dense'], '--out', tmp_path/'a', '--text=random', '--n=2', '--seqlen=16', '--eval-n=2')[0] == 0
+    assert PrunePlan.load(tmp_path/'a'/'plan.json').method == 'recipe'                      # unless another is named
 
 
 # ---- what is there already ------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def test_a_failing_run_keeps_what_was_there(folders, run, tmp_path, monkeypatch)
 
 MISTAKES = dict(
     method=(['--method', 'lottery'], "Unknown method 'lottery'"),
-    setting=(['--settings', '{"dampp": 1}'], 'fasp has no setting dampp; it has units, restore, damp'),
+    setting=(['--method', 'fasp', '--settings', '{"dampp": 1}'], 'fasp has no setting dampp; it has units, restore, damp'),
     settings=(['--settings', '{damp: 1}'], '--settings is not JSON'),
     settings_list=(['--settings', '[]'], '--settings'),
     settings_number=(['--settings', '5'], '--settings'),
@@ -316,7 +317,7 @@ def test_passages_stand_in_for_wikitext(how, folders, run, tmp_path, monkeypatch
     else:
         def fail(*a, **kw): raise ConnectionError('offline')
         monkeypatch.setattr('datasets.load_dataset', fail)
-    code, out, err = run('prune', folders['dense'], '--out', tmp_path/'x', *QUICK[2:], '--json')
+    code, out, err = run('prune', folders['dense'], '--out', tmp_path/'x', *QUICK[:2], *QUICK[4:], '--json')
     assert code == 0, err
     assert 'passages' in strict(out)['calibration']
     assert ('is not there' if how == 'no folder' else 'WikiText-2 is not in reach (ConnectionError)') in err and 'Taking the built-in passages instead.' in err
@@ -328,7 +329,7 @@ def test_wikitext_is_taken_if_it_is_there(folders, run, tmp_path, monkeypatch):
     (tmp_path/'wikitext2').mkdir()
     for split in ('valid', 'test'): (tmp_path/'wikitext2'/f'{split}.raw').write_text(f'The {split} text, again and again. '*30)
     monkeypatch.setenv('PRUNEBOOK_DATA', str(tmp_path))
-    code, out, err = run('prune', folders['dense'], '--out', tmp_path/'x', *QUICK[2:], '--json')
+    code, out, err = run('prune', folders['dense'], '--out', tmp_path/'x', *QUICK[:2], *QUICK[4:], '--json')
     assert code == 0 and 'wikitext2, random offsets' in strict(out)['calibration'] and 'instead' not in err
 
 
@@ -390,7 +391,7 @@ def test_help_lists_every_option_with_its_comment(command, capsys):
     assert f'usage: prunebook {command}' in out and squeeze(COMMANDS[command].__doc__) in out
     for name, comment in docments(COMMANDS[command], returns=False).items():
         assert comment, f'{name} has no comment'
-        assert (name if name == 'model' else f'--{name}') in out and squeeze(comment) in out
+        assert (name if name in ('model', 'grid') else f'--{name}') in out and squeeze(comment) in out
 
 
 @pytest.mark.parametrize('flag', ['-h', '--help'])

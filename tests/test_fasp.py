@@ -317,7 +317,7 @@ def test_names_and_defaults():
     m = as_method('fasp')
     assert type(m) is FASP and m == FASP() and METHODS['fasp'] is FASP and as_method(m) is m
     assert m.settings() == dict(units=['mlp_channel'], restore=True, damp=None, towards='weights', batch_size=8, device=None)
-    small, plan = prune(tiny_model('llama'), windows(2, 16))
+    small, plan = prune(tiny_model('llama'), windows(2, 16), 'fasp')
     assert (plan.method, plan.sparsity, plan.settings) == ('fasp', .2, m.settings()) and plan.calibration == repr(windows(2, 16))
     assert random_tokens(small, 2, 8).ids.max() < 97
 

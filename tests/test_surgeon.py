@@ -8,10 +8,11 @@ from hypothesis import given, strategies as st
 from prunebook import surgeon as module
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.curvature import Factors, curvature, damped_inverse
+from prunebook.evaluate import window_losses
 from prunebook.methods import as_method, prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import restore_columns
-from prunebook.surgeon import (CRITERIA, Surgeon, dead_units, drop_dead, living, load_state, remove_rows, remove_structures, remove_units, row_costs,
+from prunebook.surgeon import (CRITERIA, Surgeon, correct, dead_units, drop_dead, living, living_inverses, load_state, loss_slopes, low_rank_step, remove_rows, remove_structures, remove_units, row_costs,
                                save_state, set_weight, structure_costs, structured_threshold, unit_costs, with_bias, zero_share, zero_structures)
 from prunebook.text import Windows
 
@@ -51,12 +52,14 @@ class Toy:
 
 
 SEEDS = st.integers(0, 10**6)
+def costs(W, A, G, cost, damp=.01): return structure_costs(W, A, G, cost, (damped_inverse(A, damp), damped_inverse(G, damp)))
+def adapted(W, factors, rows, columns): return remove_structures(W, living_inverses(W, factors), rows, columns)
 
 
 @given(SEEDS, st.floats(.001, 1))
 def test_costs_of_rows_and_columns(seed, damp):
     t = Toy(seed)
-    rows, columns = structure_costs(t.W, t.A, t.G, 'surgeon', damp)
+    rows, columns = costs(t.W, t.A, t.G, 'surgeon', damp)
     for k, (R, C) in enumerate([(5, 0), (0, 4)]):
         for i in range(R or C):
             gone = torch.zeros(5, 4, dtype=bool)
@@ -69,16 +72,16 @@ def test_costs_of_rows_and_columns(seed, damp):
 @given(SEEDS, st.sampled_from([[[0, 1], [2, 4]], [[3, 0, 2], [1, 4, 2]], [[2], [0]]]))
 def test_cost_of_rows_together(seed, table):
     t = Toy(seed)
-    costs = row_costs(t.W, t.A, damped_inverse(t.G, .01), torch.tensor(table))
+    found = row_costs(t.W, t.A, damped_inverse(t.G, .01), torch.tensor(table))
     for u, rows in enumerate(table):
         gone = torch.zeros(5, 4, dtype=bool); gone[rows] = True
-        assert torch.isclose(costs[u], t.brute(gone, t.damped(t.G, .01), t.A)[1], rtol=1e-5)
+        assert torch.isclose(found[u], t.brute(gone, t.damped(t.G, .01), t.A)[1], rtol=1e-5)
 
 
 @given(SEEDS, st.sets(st.integers(0, 4), max_size=4), st.sets(st.integers(0, 3), max_size=3))
 def test_joint_removal_of_rows_and_columns(seed, rows, columns):
     t = Toy(seed)
-    found = remove_structures(t.W, Factors(t.A, t.G), torch.tensor(sorted(rows), dtype=torch.long), torch.tensor(sorted(columns), dtype=torch.long))
+    found = adapted(t.W, Factors(t.A, t.G), torch.tensor(sorted(rows), dtype=torch.long), torch.tensor(sorted(columns), dtype=torch.long))
     gone = torch.zeros(5, 4, dtype=bool); gone[list(rows)] = True; gone[:, list(columns)] = True
     G, A = t.damped(t.G, .01), t.damped(t.A, .01)
     best, cost = t.brute(gone, G, A)
@@ -95,9 +98,9 @@ def test_joint_removal_of_rows_and_columns(seed, rows, columns):
 def test_balance_of_the_factors_does_not_matter(seed, power):
     t, s = Toy(seed), 10**power
     for cost in ('surgeon', 'k_obd'):
-        for a, b in zip(structure_costs(t.W, t.A, t.G, cost), structure_costs(t.W, t.A*s, t.G/s, cost)): assert torch.allclose(a, b, rtol=1e-6)
+        for a, b in zip(costs(t.W, t.A, t.G, cost), costs(t.W, t.A*s, t.G/s, cost)): assert torch.allclose(a, b, rtol=1e-6)
     gone = torch.tensor([1, 2]), torch.tensor([0])
-    assert torch.allclose(remove_structures(t.W, Factors(t.A, t.G), *gone), remove_structures(t.W, Factors(t.A*s, t.G/s), *gone), rtol=1e-6, atol=1e-9)
+    assert torch.allclose(adapted(t.W, Factors(t.A, t.G), *gone), adapted(t.W, Factors(t.A*s, t.G/s), *gone), rtol=1e-6, atol=1e-9)
 
 
 def test_one_by_one_is_only_right_alone():
@@ -124,7 +127,7 @@ def test_second_linear_is_restored_as_by_ridge(seed):
 
 def test_baselines_by_loops():
     t = Toy(3)
-    k, l, m = (structure_costs(t.W, t.A, t.G, c) for c in ('k_obd', 'l_obd', 'magnitude'))
+    k, l, m = (costs(t.W, t.A, t.G, c) for c in ('k_obd', 'l_obd', 'magnitude'))
     for r in range(5):
         assert torch.isclose(k[0][r], .5*t.G[r, r]*t.W[r] @ t.A @ t.W[r])
         assert torch.isclose(l[0][r], sum(.5*t.W[r, c]**2*t.A[c, c] for c in range(4))) and torch.isclose(m[0][r], t.W[r].norm())
@@ -141,7 +144,7 @@ def test_dead_rows_and_columns_are_free(seed):
     t.W[3] = 0
     r, c = living(t.W, Factors(t.A, t.G))
     assert r.tolist() == [True, False, True, False, True] and c.tolist() == [True, True, False, True]
-    found = remove_structures(t.W, Factors(t.A, t.G), torch.tensor([1, 3]), torch.tensor([2]))
+    found = adapted(t.W, Factors(t.A, t.G), torch.tensor([1, 3]), torch.tensor([2]))
     assert torch.allclose(found[[0, 2, 4]][:, [0, 1, 3]], t.W[[0, 2, 4]][:, [0, 1, 3]])       # nobody has to adapt
     assert found[[1, 3]].count_nonzero() == 0 and found[:, 2].count_nonzero() == 0
 
@@ -277,6 +280,96 @@ def test_fresh_windows_are_shared_out(monkeypatch):
     with pytest.raises(ValueError, match='2 windows cannot be shared out among 3 shots'): prune(tiny_model('llama'), windows(2), Surgeon(shots=3, fresh=True), .2)
 
 
+@pytest.mark.parametrize('options', [{}, dict(cost='tied', update='tied')])
+def test_kept_inverses_change_nothing(options):
+    dense = tiny_model('llama')
+    one, two = (prune(dense, windows(), Surgeon(units=UNITS[2], shots=2, reuse=r, **options), .3) for r in (True, False))
+    assert one[1].kept == two[1].kept and same(one[0], snapshot(two[0]))
+    one, two = tiny_model('gpt2'), tiny_model('gpt2')
+    for m, r in ((one, True), (two, False)): zero_structures(m, windows(), .3, shots=2, reuse=r)
+    assert same(one, snapshot(two))
+
+
+def test_inverses_are_computed_once(monkeypatch):
+    calls, real = [], module.damped_inverse
+    monkeypatch.setattr(module, 'damped_inverse', lambda *a: (calls.append(1), real(*a))[1])
+    prune(tiny_model('llama'), windows(), Surgeon(shots=1, rounds=1), .3)
+    assert len(calls) == len(couplings(tiny_model('llama'), 'mlp_channel'))
+    calls.clear()
+    zero_structures(tiny_model('llama'), windows(), .3, shots=1)
+    assert len(calls) == 2*len(decoder_linears(tiny_model('llama')))
+
+
+# ---- the first-order correction -------------------------------------------------------------------------------------
+
+@given(SEEDS, st.integers(1, 4))
+def test_low_rank_step_is_the_best_of_its_rank(seed, rank):
+    t = Toy(seed)
+    slope = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    G, A = t.damped(t.G, .1), t.damped(t.A, .1)
+    def change(D): return ((slope*D).sum() + .5*(D*(G @ D @ A)).sum()).item()
+    D, gain = low_rank_step(slope, t.A, t.G, rank, .1)
+    assert torch.linalg.matrix_rank(D, rtol=1e-9) <= rank and change(D) == pytest.approx(-gain, rel=1e-6)
+    newton = -torch.linalg.solve(torch.kron(G, A), slope.flatten()).view(5, 4)
+    if rank == 4: assert torch.allclose(D, newton, rtol=1e-5, atol=1e-7)
+    U, V = torch.linalg.svd(D)[0][:, :rank], torch.linalg.svd(D)[2][:rank]
+    def best(basis, left):                                 # the best change whose columns (or rows) span the given ones
+        K = torch.kron(basis.T @ G @ basis, A) if left else torch.kron(G, basis.T @ A @ basis)
+        s = basis.T @ slope if left else slope @ basis
+        X = -torch.linalg.solve(K, s.flatten()).view_as(s)
+        return change(basis @ X if left else X @ basis.T)
+    assert best(U, True) == pytest.approx(-gain, rel=1e-5) and best(V.T, False) == pytest.approx(-gain, rel=1e-5)   # neither side can do better
+    other = torch.randn(5, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    assert best(other, True) >= -gain*(1 + 1e-6)
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_slopes_are_those_of_autograd(family):
+    m, w = tiny_model(family), windows(5, 12)
+    names = list(decoder_linears(m))
+    flags = [p.requires_grad for p in m.parameters()]
+    loss, slopes = loss_slopes(m, w, names, 2)
+    assert [p.requires_grad for p in m.parameters()] == flags and all(p.grad is None for p in m.parameters())
+    whole = torch.nn.functional.cross_entropy(m(w.ids[:, :-1]).logits.flatten(0, 1), w.ids[:, 1:].flatten())
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    for n, layer in decoder_linears(m).items():
+        g = layer.weight.grad if weight_of(layer) is layer.weight else layer.weight.grad.T
+        if layer.bias is not None: g = torch.cat([g, layer.bias.grad[:, None]], 1)
+        assert torch.allclose(slopes[n], g, atol=1e-6)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'opt'])
+def test_correction_lowers_the_loss_and_keeps_what_is_gone(family):
+    m, w = tiny_model(family), windows(8, 16)
+    zero_structures(m, w, .3, shots=2)
+    zeros, shapes = {n: with_bias(x) == 0 for n, x in decoder_linears(m).items()}, [p.shape for p in m.parameters()]
+    C = curvature(m, w)
+    before, after, length = correct(m, w, C, rank=2)
+    assert after < before - 1e-3 and 0 < length <= 1
+    assert loss_slopes(m, w, list(C))[0] == pytest.approx(after, rel=1e-5) and [p.shape for p in m.parameters()] == shapes
+    for n, x in decoder_linears(m).items():
+        r, c = (~zeros[n]).any(1), (~zeros[n]).any(0)
+        assert with_bias(x)[~r].count_nonzero() == 0 and with_bias(x)[:, ~c].count_nonzero() == 0
+
+
+def test_correction_that_never_helps_changes_nothing(monkeypatch):
+    m, w = tiny_model('llama'), windows()
+    C, state = curvature(m, w), snapshot(m)
+    for loss in (torch.inf, torch.nan, 1e3):
+        monkeypatch.setattr(module, 'window_losses', lambda *a: torch.tensor([loss]))
+        before, after, length = correct(m, w, C)
+        assert before == after and length == 0 and same(m, state)
+
+
+def test_correction_as_an_option():
+    dense, w = tiny_model('llama'), windows(8, 16)
+    plain, corrected = (prune(dense, w, Surgeon(shots=1, correction=r), .3)[0] for r in (0, 4))
+    assert [p.shape for p in plain.parameters()] == [p.shape for p in corrected.parameters()]
+    assert window_losses(corrected, w).mean() < window_losses(plain, w).mean()
+    assert Surgeon(correction=4).work(dense, 1000)['flops'] > Surgeon().work(dense, 1000)['flops']
+
+
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 class Stop(Exception): pass
@@ -386,7 +479,7 @@ def test_refusals():
     with pytest.raises(ValueError, match='sparsity is 0'): zero_structures(m, w, 0)
     with pytest.raises(ValueError, match='shots is 0'): zero_structures(m, w, .2, shots=0)
     for kw, word in [(dict(shots=0), 'shots is 0'), (dict(rounds=1.5), 'rounds is 1.5'), (dict(cost='x'), "cost is 'x'"), (dict(update='x'), "update is 'x'"),
-                     (dict(damp=-1), 'damp is -1'), (dict(damp=None), 'damp is None'), (dict(batch_size=0), 'batch_size is 0')]:
+                     (dict(damp=-1), 'damp is -1'), (dict(correction=-1), 'correction is -1'), (dict(damp=None), 'damp is None'), (dict(batch_size=0), 'batch_size is 0')]:
         with pytest.raises(ValueError, match=word): prune(m, w, Surgeon(**kw), .2)
     with pytest.raises(ValueError, match='cannot be reached'): prune(m, w, Surgeon(), .99)
 

@@ -1,0 +1,162 @@
+"""Grids: what is refused before anything runs, what a cell records, and when it is run again."""
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from helpers import tiny_model
+from hypothesis import given, strategies as st
+
+from prunebook import bench as bench_module
+from prunebook.bench import Cell, bench, compare, finished, last_words, paired_speed, quality, read_grid, recheck, run_cell
+from prunebook.cli import main
+from prunebook.evaluate import window_losses
+from prunebook.text import Windows, load_windows
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+WINDOWS = dict(text='passages', n=3, seqlen=64)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, tiny_tokenizer):
+    path = tmp_path_factory.mktemp('models')/'dense'
+    tiny_model('qwen2', max_position_embeddings=512).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def grid(folder, **changes):
+    return {**dict(model=folder, calibration=WINDOWS, evaluation=[WINDOWS], sparsities=[.2], seeds=[0, 1], speed=0, methods=dict(random={}, cut=dict(method='fasp', settings=dict(restore=False), seeds=[0]))), **changes}
+
+
+@pytest.fixture
+def written(tmp_path):
+    "Write a grid; its path."
+    def f(content, name='grid.yml'):
+        (tmp_path/name).write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        return tmp_path/name
+    return f
+
+
+def in_process(command, **kw):
+    "Run a cell here instead of in a process of its own."
+    bench_module.one_cell(*command[3:])
+    return subprocess.CompletedProcess(command, 0, '', '')
+
+
+def test_cells(folder, written):
+    cells = read_grid(written(grid(folder)))
+    assert list(cells) == ['dense', 'random-0.2-0', 'random-0.2-1', 'cut-0.2-0']
+    assert cells['random-0.2-1'].built().seed == 1 and cells['cut-0.2-0'].built().restore is False
+    assert cells['dense'].method == 'dense'
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(model=None), 'model is None'), (dict(seeds=3), 'seeds is 3'), (dict(sparsities=[1.5]), 'sparsity 1.5'), (dict(extra=1), 'unknown entry extra'),
+    (dict(calibration=dict(text='passages')), 'text, n and seqlen'), (dict(methods=dict(lottery={})), "'lottery'"), (dict(methods=dict(fasp=dict(setting={}))), 'unknown entry setting'),
+    (dict(methods=dict(fasp=dict(settings=dict(dampp=1)))), 'no setting dampp'), (dict(methods=dict(fasp=dict(settings=dict(damp=-1)))), 'damp is -1'), (dict(seeds=[0, 0]), 'twice')])
+def test_refused(folder, written, changes, words):
+    with pytest.raises(ValueError, match=words): read_grid(written(grid(folder, **changes)))
+
+
+@pytest.mark.parametrize('content, words', [('a: [', 'not YAML'), ('', 'not a grid'), ('- a', 'not a grid')])
+def test_not_a_grid(written, content, words):
+    with pytest.raises(ValueError, match=words): read_grid(written(content))
+
+
+def test_record(folder, written):
+    cell = read_grid(written(grid(folder, speed=1)))['cut-0.2-0']
+    r = json.loads(json.dumps(run_cell(cell), allow_nan=False))
+    q = r['quality']['passages']
+    assert r['cell']['label'] == 'cut' and r['method'] == 'fasp' and r['settings']['restore'] is False
+    assert r['true_sparsity'] >= .2 and len(q['losses']) == 3
+    assert math.isclose(q['perplexity']['value'], math.exp(sum(q['losses'])/3), rel_tol=1e-3)
+    assert r['units_left'].keys() == {f'{i}.mlp_channel' for i in range(3)} and set(r['speed']) == {'prefill', 'decode'}
+    assert 0 < r['disk_bytes'] - r['bytes'] < 20000 and r['seconds']['forward_cpu'] > 0
+
+
+def test_runs_once_and_goes_on(folder, written, tmp_path):
+    path, out = written(grid(folder)), tmp_path/'results'
+    assert bench(path, out, 'random*', run=in_process) == []
+    assert sorted(p.name for p in out.iterdir()) == ['random-0.2-0.json', 'random-0.2-1.json']
+    runs = []
+    assert bench(path, out, run=lambda c, **kw: runs.append(c[-1]) or in_process(c)) == []
+    assert runs == ['dense', 'cut-0.2-0']
+    assert bench(path, out, run=lambda *a, **kw: pytest.fail('ran again')) == []
+    a, b = [json.loads((out/f'random-0.2-{i}.json').read_text()) for i in (0, 1)]
+    assert a['quality'] != b['quality'] and a['calibration'] != b['calibration']
+
+
+def test_other_settings_are_not_a_result(folder, written, tmp_path):
+    out = tmp_path/'results'
+    bench(written(grid(folder)), out, 'cut*', run=in_process)
+    other = read_grid(written(grid(folder, calibration={**WINDOWS, 'n': 4}), 'other.yml'))['cut-0.2-0']
+    with pytest.raises(ValueError, match='another calibration'): finished(other, out)
+    (out/'cut-0.2-0.json').write_text('{"cell": ')
+    with pytest.raises(ValueError, match='not JSON'): finished(other, out)
+
+
+def test_a_cell_that_fails_leaves_no_file_and_the_others_run(folder, written, tmp_path, capsys):
+    path = written(grid(folder, methods=dict(far=dict(method='random', sparsities=[.99], seeds=[0]), random={})))
+    assert bench(path, tmp_path/'out') == ['far-0.99-0']   # in processes of their own
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['dense.json', 'random-0.2-0.json', 'random-0.2-1.json']
+    assert 'cannot be reached' in capsys.readouterr().err
+
+
+def test_no_such_cell(folder, written, tmp_path):
+    with pytest.raises(ValueError, match="No cell is called 'nothing'"): bench(written(grid(folder)), tmp_path, 'nothing')
+
+
+def test_check(folder, written, tmp_path, capsys):
+    path, out = written(grid(folder)), tmp_path/'results'
+    bench(path, out, 'cut*', run=in_process)
+    assert main(['bench', str(path), '--out', str(out), '--only', 'cut*', '--check']) == 0
+    assert 'as committed' in capsys.readouterr().out
+    assert recheck(path, out, 'dense') == {'dense': ['it has no committed result']}
+    old = json.loads((out/'cut-0.2-0.json').read_text())
+    new = json.loads(json.dumps(old))
+    q = new['quality']['passages']['perplexity']
+    q['value'] += .9*q['stderr']
+    assert compare(old, new) == []
+    q['value'] += .2*q['stderr']
+    assert len(compare(old, new)) == 1 and len(compare(old, {**new, 'true_sparsity': .5})) == 2
+
+
+def test_command(folder, written, tmp_path, capsys):
+    path = written(grid(folder))
+    assert main(['bench', str(path)]) == 2 and '--out' in capsys.readouterr().err
+    assert main(['bench', str(path), '--out', str(tmp_path/'r'), '--only', 'random-0.2-0']) == 0
+    assert (tmp_path/'r'/'random-0.2-0.json').exists()
+
+
+def test_quality_is_that_of_the_losses(tiny_tokenizer):
+    model = tiny_model('llama', max_position_embeddings=512)
+    windows = load_windows('passages', model, tiny_tokenizer, n=3, seqlen=300, evaluation=True)
+    q = quality(model, tiny_tokenizer, windows)
+    assert q.perplexity.losses.equal(window_losses(model, windows))
+    words = [s for w in windows.ids for s in last_words(w, tiny_tokenizer)]
+    known = sum((model(w[None]).logits[0].argmax(-1)[a-1:b-1] == w[a:b]).all().item() for w in windows.ids for a, b in last_words(w, tiny_tokenizer))
+    assert q.words == len(words) > 3 and q.known == known
+    assert 'null' not in json.dumps(q.record())
+
+
+def test_no_words(tiny_tokenizer):
+    model = tiny_model('llama')
+    r = quality(model, tiny_tokenizer, Windows(torch.full((2, 20), 7), 'no sentence')).record()
+    assert r['last_words'] == dict(value=None, stderr=0, words=0)
+
+
+@given(st.lists(st.sampled_from(['we', 'rain', 'x', 'hills', 'a1']), min_size=3, max_size=30))
+def test_last_words_are_words(tiny_tokenizer, words):
+    text = ' '.join(words) + '.'
+    ids = torch.tensor(tiny_tokenizer(text, add_special_tokens=False).input_ids)
+    found = [tiny_tokenizer.decode(ids[a:b]) for a, b in last_words(ids, tiny_tokenizer, context=4)]
+    assert found == ([words[-1]] if len(words[-1]) > 1 and words[-1].isalpha() and len(text) - len(words[-1]) - 2 >= 4 else [])
+
+
+def test_paired_speed_has_order():
+    model = tiny_model('llama', max_position_embeddings=64)
+    for median, low, high in paired_speed(model, model, repeats=3, prompt=16, new=2).values(): assert 0 < low <= median <= high
