@@ -15,7 +15,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 from .cli import result_record, timed, timed_forward
-from .evaluate import Perplexity, speed, weight_bytes, window_losses
+from .evaluate import Perplexity, continuation, speed, weight_bytes, window_losses
 from .methods import as_method, prune
 from .models import decoder_linears, load_model, n_parameters
 from .plan import write_atomic
@@ -148,18 +148,13 @@ def _disk_bytes(model, plan):
         save_pruned(model, plan, Path(folder)/'model')
         return sum(f.stat().st_size for f in (Path(folder)/'model').glob('*.safetensors'))
 
-def _sample(model, tokenizer, prompt='The old lighthouse keeper', new=40):
-    "Greedy continuation of a prompt."
-    text = tokenizer(prompt, return_tensors='pt').to(model.device)
-    out = model.generate(**text, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    return tokenizer.decode(out[0], skip_special_tokens=True)
 
 # %% ../nbs/80_bench.ipynb #5bd83636
 def _what_it_is(model, tokenizer, cell):
     "Quality, size and a sample of a model."
     texts = {e['text']: load_windows(e['text'], model, tokenizer, e['n'], e['seqlen'], evaluation=True) for e in cell.evaluation}
     return dict(quality={t: {**quality(model, tokenizer, w).record(), 'evaluation': repr(w)} for t, w in texts.items()},
-                parameters=n_parameters([model]), linear_parameters=n_parameters(decoder_linears(model).values()), bytes=weight_bytes(model), sample=_sample(model, tokenizer))
+                parameters=n_parameters([model]), linear_parameters=n_parameters(decoder_linears(model).values()), bytes=weight_bytes(model), sample=continuation(model, tokenizer))
 
 def run_cell(
     cell, # a `Cell`

@@ -16,7 +16,7 @@ from .bonsai import prior_scores, sub_model, sub_model_losses, token_loss
 from .couplings import KINDS, anatomy, couplings, weight_of
 from .curvature import curvature
 from .depth2 import head_distances
-from .evaluate import perplexity
+from .evaluate import continuation, perplexity
 from .fasp import FASP
 from .methods import prune
 from .models import decoder_linears, n_parameters
@@ -162,9 +162,7 @@ def coupling_figure(
 # %% ../nbs/61_interactive.ipynb #f27f6f66
 def _point(model, tokenizer, test, sparsity, prompt, new):
     "Perplexity, size and greedy text of one model."
-    p, ids = perplexity(model, test), tokenizer(prompt, return_tensors='pt').to(model.device)
-    out = model.generate(**ids, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    text = ' '.join(tokenizer.decode(out[0], skip_special_tokens=True).split())
+    p, text = perplexity(model, test), ' '.join(continuation(model, tokenizer, prompt, new).split())
     return dict(sparsity=round(sparsity, 5), perplexity=round(p.value, 3), stderr=round(p.stderr, 3), parameters=n_parameters([model]), text=text)
 
 # %% ../nbs/61_interactive.ipynb #0924c61d
