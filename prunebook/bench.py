@@ -8,7 +8,7 @@ __all__ = ['GRID', 'last_words', 'Quality', 'quality', 'paired_speed', 'Cell', '
 
 # %% ../nbs/80_bench.ipynb #e28f5889
 import json, math, os, statistics, subprocess, sys, tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ import yaml
 from tqdm.auto import tqdm
 from .cli import result_record, timed, timed_forward
 from .evaluate import Perplexity, continuation, speed, weight_bytes, window_losses
-from .methods import as_method, prune
+from .methods import as_method, configured, prune
 from .models import decoder_linears, load_model, n_parameters
 from .plan import write_atomic
 from .save import save_pruned
@@ -101,14 +101,8 @@ class Cell:
 
     def built(self):
         "The `Method` with its settings, checked. Raises `ValueError` for settings it does not have."
-        method = as_method(self.method)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.settings.items()}
-        known = [f.name for f in fields(method)]
-        if unknown := set(values) - set(known): raise ValueError(f'{self.label}: {self.method} has no setting {", ".join(sorted(unknown))}; it has {", ".join(known)}.')
-        if 'seed' in known: values.setdefault('seed', self.seed)
-        method = type(method)(**values)
-        method.check()
-        return method
+        seed = dict(seed=self.seed) if 'seed' in as_method(self.method).settings() else {}
+        return configured(self.method, {**seed, **self.settings})
 
 # %% ../nbs/80_bench.ipynb #91a6ad66
 GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list, seeds=list, methods=dict) # what a grid file must hold, and of which type

@@ -117,15 +117,11 @@ def cmd_prune(
 # %% ../nbs/99_cli.ipynb #22cc4736
 def _method(name, settings):
     "A method by name, with settings from a JSON string."
-    from prunebook.methods import as_method
-    method = as_method(name)
+    from prunebook.methods import configured
     try: values = json.loads(settings)
     except ValueError as e: raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
     if not isinstance(values, dict): raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
-    if unknown := set(values) - set(method.settings()): raise ValueError(f'{name} has no setting {", ".join(sorted(unknown))}; it has {", ".join(method.settings())}.')
-    method = type(method)(**{k: tuple(v) if isinstance(v, list) else v for k, v in {**method.settings(), **values}.items()})
-    method.check()
-    return method
+    return configured(name, values)
 
 # %% ../nbs/99_cli.ipynb #339df24a
 def _windows(model, tokenizer, source, n, seqlen, seed, eval_n):

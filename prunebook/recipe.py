@@ -17,10 +17,10 @@ from .couplings import anatomy, weight_of
 from .curvature import curvature, damped_inverse
 from .fasp import column_scores, fasp_work, unit_scores
 from .models import decoder_linears, n_parameters
-from .plan import bundles, global_steps, keep_after, model_fingerprint, uniform_steps, write_atomic
+from .plan import bundles, global_steps, keep_after, uniform_steps, write_atomic
 from .repair import restore_columns
 from .scores import Scored
-from .surgeon import remove_rows, row_costs
+from .surgeon import remove_rows, row_costs, run_key
 from .text import Windows
 from .walk import cut, replaced
 
@@ -176,7 +176,7 @@ def probes(self:Recipe, model, windows, table):
 def kept_probes(self:Recipe, model, windows, table):
     "Probes from the `log`, or measured and written there. Raises `ValueError` for a log of another run."
     what = {k: v for k, v in self.settings().items() if k not in ('log', 'allocation', 'most', 'batch_size', 'device')}
-    key = dict(model=model_fingerprint(model), calibration=windows.fingerprint, **what)
+    key = run_key(model, windows, **what)
     if self.log is None or not Path(self.log).exists():
         found = self.probes(model, windows, table)
         if self.log is not None: write_atomic(self.log, json.dumps(dict(key=key, probes=found)))
