@@ -304,3 +304,15 @@ def test_api_page_is_complete():
     missing = [f'{m.name}.{n}' for m in pkgutil.iter_modules(prunebook.__path__) if not m.name.startswith('_')
                for n in getattr(importlib.import_module(f'prunebook.{m.name}'), '__all__', []) if f'{m.name}-{n}' not in headings]
     assert not missing
+
+
+def test_results_are_sorted_by_their_headings(light):
+    page, errors = light.open('results'), light.errors
+    values = lambda: page.eval_on_selector_all('#pb-cells tbody tr', 'rows => rows.map(r => +r.children[4].dataset.v)')
+    heading = page.locator('#pb-cells th').nth(4)
+    for direction, reverse in (('ascending', False), ('descending', True)):
+        heading.locator('button').focus()
+        page.keyboard.press('Enter')
+        assert heading.get_attribute('aria-sort') == direction
+        assert len(values()) > 5 and values() == sorted(values(), reverse=reverse)
+    assert not errors
