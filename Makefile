@@ -92,12 +92,12 @@ bench-check: $(VENV)/.ready-dev  ## measure the smallest cell of each method aga
 	@$(VENV)/bin/prunebook bench results/smoke.yml --out results/smoke --check
 
 test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
-	$(call say,Step test-notebooks: every notebook from top to bottom (about 25 min on two cores; the time of each below))
+	$(call say,Step test-notebooks: every notebook from top to bottom (about 15 min on two cores; the time of each below))
 	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB)
 
 test-unit: $(VENV)/.ready-dev  ## run tests/
-	$(call say,Step test-unit: the tests in tests/ (about 6 min; the slowest are listed at the end))
-	@$(PY) -m pytest tests -q --durations=15 --ignore=tests/test_site.py
+	$(call say,Step test-unit: the tests in tests/ (about 4 min on two cores; the slowest are listed at the end))
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n auto --dist loadfile --durations=15 --ignore=tests/test_site.py
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
 
