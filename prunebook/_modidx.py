@@ -471,4 +471,5 @@ d = { 'settings': { 'branch': 'main',
                                 'prunebook.walk.replaced': ('walk.html#replaced', 'prunebook/walk.py'),
                                 'prunebook.walk.twin': ('walk.html#twin', 'prunebook/walk.py'),
                                 'prunebook.walk.walk': ('walk.html#walk', 'prunebook/walk.py'),
+                                'prunebook.walk.walk_both': ('walk.html#walk_both', 'prunebook/walk.py'),
                                 'prunebook.walk.walk_bytes': ('walk.html#walk_bytes', 'prunebook/walk.py')}}}

@@ -23,7 +23,7 @@ from .models import decoder_linears, n_parameters
 from .plan import keep_after, uniform_steps
 from .repair import damp_for, ridge_solve
 from .text import Windows, random_tokens
-from .walk import cut, gram, twin, walk, walk_bytes
+from .walk import cut, gram, walk, walk_both, walk_bytes
 
 # %% ../nbs/30_depth2.ipynb #50d73713
 @contextmanager
@@ -354,19 +354,16 @@ def run(self:Depth2, model, windows, sparsity):
 @patch
 def _walk(self:Depth2, model, windows, work, given, choose):
     "Prune (and reconstruct) on the way: moments, first level, second level of every sub-layer, in order."
-    go = lambda m, desc: walk(m, windows, self.batch_size, self.device, desc, firsts=True)
-    dense, names = None if self.reconstruct == 'none' or not self.trust else twin(model), [b.name for b in anatomy(model)]
+    settings = dict(batch_size=self.batch_size, device=self.device, desc='pruned', firsts=True)
+    alone = self.reconstruct == 'none' or not self.trust
     damp = damp_for(windows.ids.numel()) if self.damp is None else self.damp
-    for old, new in zip(go(dense, 'dense'), go(model, 'pruned')) if dense else ((None, s) for s in go(model, 'pruned')):
-        if dense and new.layer: dense.set_submodule(names[new.layer - 1], nn.Identity())    # its last block is done with
+    for old, new in ((None, s) for s in walk(model, windows, **settings)) if alone else walk_both(model, windows, **settings):
         c = work.get((new.layer, new.part))
         if new.level == 'first':
             C = new.gram() if c else None
-            if c and dense and self.reconstruct != 'one_step': first_level(model, new, old, C, damp, self.towards, self.trust)
+            if c and old and self.reconstruct != 'one_step': first_level(model, new, old, C, damp, self.towards, self.trust)
             moments = c and Moments.of(new.X, C)
-        else:
-            if dense: old.Y = old.outputs(dense)
-            if c: self._second(model, new, old, c, *given.get((new.layer, new.part), (moments, None)), choose, damp)
+        elif c: self._second(model, new, old, c, *given.get((new.layer, new.part), (moments, None)), choose, damp)
 
 @patch
 def _second(self:Depth2, model, new, old, c, moments, inner, choose, damp):

@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from torch import nn
 from fastcore.basics import patch
 from torch.nn import functional as F
 from .couplings import anatomy, weight_of
@@ -24,7 +23,7 @@ from .repair import restore_columns
 from .scores import Scored
 from .surgeon import remove_rows, row_costs, run_key
 from .text import Windows
-from .walk import cut, replaced, twin, walk
+from .walk import cut, replaced, walk, walk_both
 
 # %% ../nbs/70_recipe.ipynb #13d25863
 @torch.no_grad()
@@ -113,19 +112,12 @@ def drifting(
     **settings, # of `walk`
 ):
     "Walk; yield each stage, and what its second linear should add for the stream to be that of the dense model again, a list of (batch, seqlen, d) (eq. target)."
-    dense, names, drift = twin(model), [b.name for b in anatomy(model)], None
-    adds = getattr(model.config, 'do_layer_norm_before', True)                             # else a norm comes between, and drift is not a sum
-    pruned = walk(model, windows, **settings)
-    for old in walk(dense, windows, **{**settings, 'desc': 'dense'}):
-        old.Y = old.outputs(dense)
-        old.X.clear()                                      # inputs of one trajectory at a time
-        if old.layer: dense.set_submodule(names[old.layer - 1], nn.Identity())             # its last block is done with
-        new = next(pruned)
+    drift, adds = None, getattr(model.config, 'do_layer_norm_before', True)                # else a norm comes between, and drift is not a sum
+    for old, new in walk_both(model, windows, **settings):
         targets = old.Y if drift is None else [y.view_as(d) + d for y, d in zip(old.Y, drift)]
         yield new, targets
         new.Y = new.outputs(model)
         if adds: drift = [t - y.view_as(t) for t, y in zip(targets, new.Y)]
-    pruned.close()
 
 # %% ../nbs/70_recipe.ipynb #22c128ef
 TRUST_TOKENS = 32768 # calibration tokens at which half of a target is the dense stream
@@ -301,7 +293,7 @@ def work(self:Recipe, model, tokens, sparsity=.2):
     "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
     base, depth = fasp_work(model, tokens, self.units), len(anatomy(model))
     vocabulary, d = model.config.vocab_size, model.config.hidden_size
-    read = self.measure_windows*self.measure_seqlen
+    read = min(self.measure_windows*self.measure_seqlen, max(1, tokens//8))
     logits = 3*read*vocabulary*4                           # of the reference, of a probe, and their difference
     one = read*(base['forward_flops']/tokens/2 + 2*vocabulary*d)                             # half of the blocks, and the logits
     probing = base['flops'] + depth*len(self.units)*len(self.shares)*one if self.allocation == 'measured' else 0
