@@ -156,7 +156,8 @@ def check(self:Recipe):
         if getattr(self, n) not in known: raise ValueError(f'{n} is {getattr(self, n)!r}; it is one of {", ".join(known)}.')
     for n, least in dict(measure_windows=1, measure_seqlen=2).items():
         if not (isinstance(v := getattr(self, n), int) and v >= least): raise ValueError(f'{n} is {v!r}; it is a whole number, at least {least}.')
-    if not (self.shares and all(0 < a < b for a, b in zip(self.shares, (*self.shares[1:], 1)))): raise ValueError(f'shares is {self.shares!r}; it is one or more fractions between 0 and 1, ascending, for example (0.2, 0.45, 0.7, 0.85).')
+    numbers = isinstance(self.shares, (tuple, list)) and len(self.shares) and all(isinstance(s, (int, float)) for s in self.shares)
+    if not (numbers and all(0 < a < b for a, b in zip(self.shares, (*self.shares[1:], 1)))): raise ValueError(f'shares is {self.shares!r}; it is one or more fractions between 0 and 1, ascending, for example (0.2, 0.45, 0.7, 0.85).')
     if not (self.trust is None or isinstance(self.trust, (int, float)) and 0 <= self.trust <= 1): raise ValueError(f'trust is {self.trust!r}; it is a share from 0 to 1.')
 
 # %% ../nbs/70_recipe.ipynb #c51ce5a8

@@ -173,7 +173,7 @@ def test_log(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('settings, words', [(dict(allocation='fair'), "allocation is 'fair'"), (dict(score='best'), "score is 'best'"), (dict(measure_windows=0), 'measure_windows is 0'),
-                                             (dict(measure_seqlen=1), 'measure_seqlen is 1'), (dict(shares=(0, .5)), 'shares is'), (dict(shares=(.5, .2)), 'shares is'), (dict(shares=()), 'shares is'), (dict(shares=(.5, 1)), 'shares is'), (dict(damp=-1), 'damp is -1')])
+                                             (dict(measure_seqlen=1), 'measure_seqlen is 1'), (dict(shares=(0, .5)), 'shares is'), (dict(shares=(.5, .2)), 'shares is'), (dict(shares=()), 'shares is'), (dict(shares=(.5, 1)), 'shares is'), (dict(shares=.5), 'shares is 0.5'), (dict(shares=('half',)), 'shares is'), (dict(damp=-1), 'damp is -1')])
 def test_refused(settings, words):
     model = tiny_model('llama')
     with pytest.raises(ValueError, match=words): prune(model, random_tokens(model, n=2, seqlen=8), Recipe(**settings), .2)
