@@ -250,14 +250,15 @@ def cmd_bench(
     out:str=None, # folder of results, one JSON file for each cell
     only:str='*', # shell pattern of the names of cells
     check:store_true=False, # measure cells again and compare with what is in the folder, which is left as it is
+    jobs:int=1, # cells at the same time; timings suffer if there is more than one
 ):
     "Measure every cell of a grid that has no result yet, each in a process of its own."
     from prunebook.bench import bench, recheck
     if out is None: raise ValueError('Name the folder of results with --out.')
     if not check:
-        if failed := bench(grid, out, only): raise RuntimeError(f'{len(failed)} cells failed: {", ".join(failed)}.')
+        if failed := bench(grid, out, only, jobs): raise RuntimeError(f'{len(failed)} cells failed: {", ".join(failed)}.')
         return
-    r = recheck(grid, out, only)
+    r = recheck(grid, out, only, jobs)
     for name, differs in r.items(): print(f'{name:30} {"; ".join(differs) or "as committed"}')
     if wrong := [n for n, differs in r.items() if differs]: raise RuntimeError(f'{len(wrong)} cells differ: {", ".join(wrong)}.')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'observed_attention', 'js_sums', 'head_distances', 'removal_order', 'similarity_scores', 'Moments',
-           'column_moments', 'cross_gram', 'first_level', 'second_level', 'Depth2', 'block_errors']
+           'column_moments', 'cross_gram', 'give_weight', 'first_level', 'second_level', 'Depth2', 'block_errors']
 
 # %% ../nbs/30_depth2.ipynb #89e7bc06
 from contextlib import contextmanager
@@ -178,10 +178,16 @@ def cross_gram(
     "Sum of x yᵀ over all tokens, float32, (m, k)."
     return sum(x.flatten(0, -2).float().T @ y.flatten(0, -2).float() for x, y in zip(X, Y))
 
-def _load(model, name, W):
-    "Give a linear a new weight, (out, in), and leave the tensor it had as it was."
+def give_weight(
+    model, # a causal language model, changed in place
+    name, # name of a linear
+    W, # its new weight, (out, in)
+    bias=None, # its new bias, (out,); by default it keeps the old one
+):
+    "Give a linear new tensors of its dtype, and leave those it had as they were."
     m = model.get_submodule(name)
-    m.weight = nn.Parameter((W.T if isinstance(m, Conv1D) else W).to(m.weight.dtype).contiguous(), requires_grad=m.weight.requires_grad)
+    m.weight = nn.Parameter((W.T if isinstance(m, Conv1D) else W).to(m.weight).contiguous(), requires_grad=m.weight.requires_grad)
+    if bias is not None: m.bias = nn.Parameter(bias.to(m.bias), requires_grad=m.bias.requires_grad)
 
 # %% ../nbs/30_depth2.ipynb #32ee52be
 def first_level(
@@ -199,7 +205,7 @@ def first_level(
     W = torch.cat(parts)                                                                   # (rows, d)
     R = torch.lerp(C, cross_gram(new.X, old.X), trust)
     U = ridge_solve(C, R @ W.float().T, damp, W.T if towards == 'weights' else None).T
-    for n, u in zip(names, U.split([len(p) for p in parts])): _load(model, n, u)
+    for n, u in zip(names, U.split([len(p) for p in parts])): give_weight(model, n, u)
 
 # %% ../nbs/30_depth2.ipynb #579cce46
 def second_level(
@@ -370,7 +376,7 @@ def _second(self:Depth2, model, new, old, c, moments, inner, choose, damp):
     "Score, cut and reconstruct one second level."
     C, targets = None if self.reconstruct == 'none' else new.gram(), old and old.Y
     if inner is None and self.sigma != 'identity': inner = _mean_square(new.X)
-    if self.reconstruct in ('one_step', 'two_step'): _load(model, new.second, second_level(model, new, targets, C, damp, self.towards, trust=self.trust))
+    if self.reconstruct in ('one_step', 'two_step'): give_weight(model, new.second, second_level(model, new, targets, C, damp, self.towards, trust=self.trust))
     kept = choose(c, new.part, moments, inner)
     fit = self.reconstruct == 'kept_columns'
     cut(model, c, new, kept, lambda W, keep: second_level(model, new, targets, C, damp, self.towards, keep, self.trust) if fit else W[:, keep])

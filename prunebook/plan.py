@@ -169,9 +169,11 @@ class PrunePlan:
 def apply(self:PrunePlan,
     model, # the dense model the plan was made for; changed in place
 ):
-    "Slice `model` as planned and return it. Raises `ValueError` for another model."
+    "Slice `model` as planned and return it. Raises `ValueError` for another model, or for values that were cut in a basis of their own."
     if (found := model_fingerprint(model)) != self.model:
         raise ValueError(f'This plan was made for model {self.model}, but this one is {found}; load the dense model it was made for.')
+    if self.settings.get('turn') and any(n.endswith('value_channel') and len(k) < self.units[n] for n, k in self.kept.items()):
+        raise ValueError('This plan cut values in a basis of their own, which the dense model does not have; load the pruned model that was saved.')
     return slice_units(model, self.kept)
 
 @patch

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -62,6 +63,14 @@ def test_refused(folder, written, changes, words):
     with pytest.raises(ValueError, match=words): read_grid(written(grid(folder, **changes)))
 
 
+def test_calibration_of_one_method(folder, written):
+    methods = dict(random={}, other=dict(method='random', calibration=dict(n=2)))
+    cells = read_grid(written(grid(folder, methods=methods)))
+    assert cells['random-0.2-0'].calibration == WINDOWS and cells['other-0.2-0'].calibration == {**WINDOWS, 'n': 2}
+    methods['other']['calibration']['words'] = 3
+    with pytest.raises(ValueError, match='other is calibrated on'): read_grid(written(grid(folder, methods=methods)))
+
+
 @pytest.mark.parametrize('content, words', [('a: [', 'not YAML'), ('', 'not a grid'), ('- a', 'not a grid')])
 def test_not_a_grid(written, content, words):
     with pytest.raises(ValueError, match=words): read_grid(written(content))
@@ -104,6 +113,16 @@ def test_a_cell_that_fails_leaves_no_file_and_the_others_run(folder, written, tm
     assert bench(path, tmp_path/'out') == ['far-0.99-0']   # in processes of their own
     assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['dense.json', 'random-0.2-0.json', 'random-0.2-1.json']
     assert 'cannot be reached' in capsys.readouterr().err
+
+
+def test_cells_side_by_side(folder, written, tmp_path):
+    together, path = threading.Barrier(2, timeout=60), written(grid(folder))
+    def run(command, **kw):
+        together.wait()                                    # breaks unless two are running
+        return subprocess.CompletedProcess(command, command[-1] == 'cut-0.2-0', '', 'it broke')
+    assert bench(path, tmp_path/'out', jobs=2, run=run) == ['cut-0.2-0']
+    for jobs in (0, 'two'):
+        with pytest.raises(ValueError, match='jobs is'): bench(path, tmp_path/'out', jobs=jobs)
 
 
 def test_no_such_cell(folder, written, tmp_path):
