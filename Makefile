@@ -88,7 +88,7 @@ site-tools:  ## axe-core and MathJax from npm for the browser checks, in .site-t
 	else echo 'npm is not installed: formulas and accessibility will not be checked'; fi
 
 bench-check: $(VENV)/.ready-dev  ## measure the smallest cell of each method again and compare with results/smoke
-	$(call say,Step bench-check: are the committed results of the smallest cells still true? (3 min on two cores))
+	$(call say,Step bench-check: are the committed results of the smallest cells still true? (4 min on two cores))
 	@OMP_NUM_THREADS=1 $(VENV)/bin/prunebook bench results/smoke.yml --out results/smoke --check --jobs 2
 
 test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
