@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 from .couplings import anatomy, check_kept, slice_units, weight_of, Block
+from .sources import InMemory
 
 # %% ../nbs/05_walk.ipynb #b4266fb3
 @contextmanager
@@ -92,28 +93,33 @@ class Stage:
 # %% ../nbs/05_walk.ipynb #281d75e6
 @torch.no_grad()
 def walk(
-    model, # a causal language model of `transformers`; the caller may slice it on the way
+    model, # a causal language model of `transformers` that the caller may slice on the way, or a source of its blocks
     windows, # calibration `Windows`
     batch_size=8, # windows in a forward pass
     device=None, # visit this device block by block; by default blocks stay where they are
     desc='walking', # label of the progress bar
     firsts=False, # before each stage, yield one with the inputs of its first linears
+    log=None, # keeps the states after each block, and gives them back to a walk that goes on (see `StreamLog`)
 ):
     "Yield a `Stage` for attention and MLP of every block, in order; each block computes once."
+    source = model if hasattr(model, 'open') else InMemory(model, device)
+    model = source.model
     if model.training: raise ValueError('The model is in training mode; call model.eval() first.')
     windows.check(model)
     states, calls = zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)])
-    states, shapes = list(states), anatomy(model)
-    for b in tqdm(shapes, desc=desc, leave=False):
-        layer = model.get_submodule(b.name)
-        home = next(layer.parameters()).device
-        to = lambda tree: tree_map(lambda t: t.to(device or home) if isinstance(t, torch.Tensor) else t, tree)
-        if device is not None: layer.to(device)
+    waiting, shapes = states[0].device, anatomy(model)
+    begin, states = log.resumed(list(states)) if log else (0, list(states))
+    for b in tqdm(shapes[begin:], desc=desc, leave=False, initial=begin, total=len(shapes)):
+        layer, finished = source.open(b), False
+        there = next(layer.parameters()).device
+        to = lambda tree: tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, tree)
         run = lambda i, pairs: _visit(layer, to(states[i]), *to(calls[i][b.layer]), pairs)
-        try: states = yield from _stages(model, b, states, run, firsts)
-        finally:
-            if device is not None: layer.to(home)          # also when the caller stops early
-        if device is not None: states = [s.to(home) for s in states]
+        try:
+            states = yield from _stages(model, b, states, run, firsts)
+            finished = True
+        finally: source.close(b, finished)                 # also when the caller stops early
+        if source.device is not None: states = [s.to(waiting) for s in states]
+        if log: log.record(b, states)
 
 def _visit(layer, x, args, kw, pairs):
     "Run a block with some modules replaced; None if it was stopped on the way."
