@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'KINDS', 'weight_of', 'Family', 'family_of', 'Block', 'anatomy', 'Coupling', 'couplings', 'check_kept',
-           'removed_columns', 'masked', 'couplings_of', 'PaddedValue', 'UnpaddedOutput', 'slice_units']
+           'removed_columns', 'masked', 'couplings_of', 'PaddedValue', 'UnpaddedOutput', 'slice_coupling',
+           'slice_units']
 
 # %% ../nbs/03_couplings.ipynb #a7d74d2d
 from contextlib import contextmanager
@@ -262,24 +263,35 @@ def _bridge_values(model, b):
 
 # %% ../nbs/03_couplings.ipynb #cb950352
 @torch.no_grad()
+def slice_coupling(
+    model, # a causal language model of `transformers`; changed in place
+    coupling, # one of its couplings
+    units, # indices of the units that stay, from `check_kept`
+):
+    "Remove all other units of one coupling from the tensors of `model`."
+    gone = torch.ones(coupling.n_units, dtype=bool)
+    gone[units] = False
+    drop = {}
+    for n, t in coupling.firsts: drop.setdefault(n, []).append(t[gone].flatten())
+    for n, parts in drop.items():
+        m = model.get_submodule(n)
+        rows = torch.ones(weight_of(m).shape[0], dtype=bool)
+        rows[torch.cat(parts)] = False
+        _resize(m, rows=rows.nonzero().flatten().to(m.weight.device))
+    second = model.get_submodule(coupling.second[0])
+    columns = torch.ones(weight_of(second).shape[1], dtype=bool)
+    columns[removed_columns(coupling, units)] = False
+    _resize(second, columns=columns.nonzero().flatten().to(second.weight.device))
+    _refresh(model, coupling, len(units))
+
+@torch.no_grad()
 def slice_units(
     model, # a causal language model of `transformers`; changed in place
     kept, # kept unit indices by coupling name, for example {'0.mlp_channel': [0, 2]}
 ):
     "Remove all other units of the named couplings from the tensors of `model`, and return it."
     chosen = [(c, check_kept(c, kept[c.name])) for c in couplings_of(model, kept)]          # all checks before any change
-    for c, units in chosen:
-        gone = torch.ones(c.n_units, dtype=bool); gone[units] = False
-        drop = {}
-        for n, t in c.firsts: drop.setdefault(n, []).append(t[gone].flatten())
-        for n, parts in drop.items():
-            m = model.get_submodule(n)
-            rows = torch.ones(weight_of(m).shape[0], dtype=bool); rows[torch.cat(parts)] = False
-            _resize(m, rows=rows.nonzero().flatten().to(m.weight.device))
-        second = model.get_submodule(c.second[0])
-        columns = torch.ones(weight_of(second).shape[1], dtype=bool); columns[removed_columns(c, units)] = False
-        _resize(second, columns=columns.nonzero().flatten().to(second.weight.device))
-        _refresh(model, c, len(units))
+    for c, units in chosen: slice_coupling(model, c, units)
     return model
 
 # %% ../nbs/03_couplings.ipynb #2113968f

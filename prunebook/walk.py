@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
-from .couplings import anatomy, check_kept, slice_units, weight_of, Block
+from .couplings import anatomy, check_kept, slice_coupling, weight_of, Block
 from .sources import InMemory
 
 # %% ../nbs/05_walk.ipynb #b4266fb3
@@ -169,10 +169,10 @@ def cut(
 ):
     "Slice one coupling in the middle of a walk and put re-fitted columns in place."
     if len(kept) == coupling.n_units: return
-    W = weight_of(model.get_submodule(coupling.second[0])).detach()
-    keep = coupling.second[1][check_kept(coupling, kept)].flatten().sort().values.to(W.device)
+    W, units = weight_of(model.get_submodule(coupling.second[0])).detach(), check_kept(coupling, kept)
+    keep = coupling.second[1][units].flatten().sort().values.to(W.device)
     U = refit(W, keep)                                     # (d, m)
-    slice_units(model, {coupling.name: kept})
+    slice_coupling(model, coupling, units)
     weight_of(model.get_submodule(coupling.second[0])).data.copy_(U)
     stage.keep = keep
 
