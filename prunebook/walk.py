@@ -189,9 +189,11 @@ def gram(
     C = torch.zeros(f, f, dtype=torch.float32, device=X[0].device)
     for x in X:
         x = x.flatten(0, -2).float()                       # (tokens, f)
-        for i, p in enumerate(parts): C[p, p.start:] += x[:, p].T @ x[:, p.start:]
-    upper = C.triu()
-    return upper + upper.triu(1).T
+        for p in parts: C[p, p.start:] += x[:, p].T @ x[:, p.start:]
+    for p in parts:                                        # what is below the diagonal is what is above it
+        C[p, p] = C[p, p].triu() + C[p, p].triu(1).T
+        C[p.stop:, p] = C[p, p.stop:].T
+    return C
 
 # %% ../nbs/05_walk.ipynb #95cec5c6
 def walk_bytes(
