@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from helpers import tiny_model
-from prunebook.couplings import (KINDS, PaddedValue, UnpaddedOutput, anatomy, check_kept, couplings, family_of, masked, removed_columns, slice_units,
+from prunebook.couplings import (KINDS, NarrowValues, anatomy, check_kept, couplings, family_of, masked, removed_columns, slice_units,
                                  weight_of)
 from prunebook.models import TINY, decoder_linears, n_parameters
 from transformers.pytorch_utils import Conv1D
@@ -143,7 +143,7 @@ def test_keeping_everything_changes_nothing(family):
     for kinds in pairs_of(dense):
         same = slice_units(copy.deepcopy(dense), random_kept(dense, kinds, share=1.))
         assert torch.equal(logits(same), logits(dense))
-        assert not any(isinstance(m, (PaddedValue, UnpaddedOutput)) for m in same.modules())
+        assert not any(isinstance(m, NarrowValues) for m in same.modules())
 
 
 @pytest.mark.parametrize('family', TINY)
@@ -358,7 +358,7 @@ def test_training_flag_is_kept(family, training):
     m = build(family).train(training)
     slice_units(m, random_kept(m, ('value_channel', 'mlp_channel')))
     assert {x.training for x in m.modules()} == {training}
-    assert any(isinstance(x, PaddedValue) for x in m.modules())
+    assert any(isinstance(x, NarrowValues) for x in m.modules())
 
 
 @pytest.mark.parametrize('family', TINY)
