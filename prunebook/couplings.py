@@ -186,8 +186,8 @@ def couplings(
         if k not in KINDS: raise ValueError(f'Unknown kind of unit {k!r}; there are {", ".join(KINDS)}.')
     attention, family = [k for k in kinds if k != 'mlp_channel'], family_of(model)
     if len(attention) > 1: raise ValueError(f'{" and ".join(attention)} overlap; prune one kind of attention unit at a time.')
-    for k in attention: _check_attention(model, family, k)
     shapes = anatomy(model)
+    for k in attention: _check_attention(model, family, k)
     if 'query_head' in kinds and all(b.heads == b.kv_heads for b in shapes): raise ValueError('This model has one query head per key-value head; use kv_group.')
     return [_coupling(model, b, k) for b in shapes for k in (*attention, 'mlp_channel') if k in kinds]
 
