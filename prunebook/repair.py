@@ -32,6 +32,7 @@ def ridge_solve(
 ):
     "Solution of (A + δI) X = B + δ·towards, (m, k); `towards` itself if all is zero. Damps more, with a warning, if `A` is not positive definite."
     if not 0 <= damp < float('inf'): raise ValueError(f'damp is {damp}; it is a fraction of the mean diagonal, for example 0.01.')
+    given = A, B, damp, towards
     to = as_double if dtype == torch.float64 else lambda x: x.to(dtype)
     A, B, towards = to(A), to(B), None if towards is None else to(towards)
     scale = A.diag().mean()
@@ -44,7 +45,7 @@ def ridge_solve(
         damped.diagonal().copy_(A.diag() + delta)
         L, failed = torch.linalg.cholesky_ex(damped)
         if not failed: break
-        if dtype != torch.float64: return ridge_solve(A, B, damp, towards)
+        if dtype != torch.float64: return ridge_solve(*given)
         damp = max(10*damp, 1e-8)
         warnings.warn(f'The matrix is not positive definite; damping is raised to {damp:.0e} of its mean diagonal.')
     return torch.cholesky_solve(B if towards is None else B + delta*towards, L)

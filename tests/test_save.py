@@ -16,7 +16,7 @@ from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
 from prunebook import models as models_module, save as save_module
-from prunebook.couplings import PaddedValue, UnpaddedOutput, anatomy, couplings, slice_units
+from prunebook.couplings import NarrowValues, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.methods import prune
 from prunebook.models import MANIFEST, TINY, is_complete
@@ -201,7 +201,7 @@ def test_an_extraordinary_model_that_becomes_ordinary(tmp_path):
 def test_loaded_bridges_are_recognised(tmp_path):
     "Classes from a modelling file are other classes than ours."
     once = survives(VARIANTS['values'](tiny_model('llama')), tmp_path/'once')
-    assert not any(isinstance(m, (PaddedValue, UnpaddedOutput)) for m in once.modules())
+    assert not any(isinstance(m, NarrowValues) for m in once.modules())
     assert not fits_stock_class(once)
     linears = save_module.layout(once)['linears']
     assert linears == save_module.layout(VARIANTS['values'](tiny_model('llama')))['linears']
