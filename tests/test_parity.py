@@ -1,5 +1,8 @@
 """What every method chose, and the weights it left, at version 0.1: a rebuilt method gives the same, or its change is explained here.
 
+Changed since: GPT-2 keeps its transposed layers where its values are narrow, which were plain linears at version 0.1; so the same weights lie
+the other way round, and their product with the random direction is another one (three cases; units and norms are equal).
+
 `python tests/test_parity.py` writes the fixture anew, from the package as it is.
 """
 import json
