@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELING', 'PARTS', 'narrow_config', 'stock_class', 'fits_stock_class', 'layout', 'give_layout', 'upgraded',
-           'check_loaded', 'Pruned', 'pruned_class', 'modeling_source', 'save_pruned', 'load_pruned']
+           'check_loaded', 'pruned_class', 'modeling_source', 'save_pruned', 'load_pruned']
 
 # %% ../nbs/60_save.ipynb #b32237e6
 import copy, functools, inspect, json, shutil
@@ -97,23 +97,23 @@ def check_loaded(
     if wrong: raise ValueError(f'The saved weights are not those of this model ({wrong}); save the model again with save_pruned.')
 
 # %% ../nbs/60_save.ipynb #2fc58906
-class Pruned:
-    "Mixed into a stock class: linear layers as listed in `config.pruned`, and no load with a missing or an unknown tensor."
-    def __init__(self, config):
-        super().__init__(config)
-        give_layout(self, config.pruned)
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        check_loaded(info)
-        return (model, info) if output_loading_info else model
-
 def pruned_class(
     stock, # a class of `transformers`
 ):
-    "The class that extends `stock` by `Pruned`: it loads a folder of `save_pruned` and executes nothing in it."
-    return type(f'Pruned{stock.__name__}', (Pruned, stock), {})
+    "The class that extends `stock`: linears as listed in `config.pruned`, no load with a missing or unknown tensor. It executes nothing of a folder."
+    class Pruned(stock):
+        def __init__(self, config):
+            super().__init__(config)
+            give_layout(self, config.pruned)
+
+        @classmethod
+        def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            check_loaded(info)
+            return (model, info) if output_loading_info else model
+
+    Pruned.__name__ = Pruned.__qualname__ = f'Pruned{stock.__name__}'
+    return Pruned
 
 # %% ../nbs/60_save.ipynb #bfa7107e
 MODELING = '''"""A pruned {base}: the stock class with every linear layer of its blocks at the size it was saved with."""
@@ -126,12 +126,11 @@ from transformers.pytorch_utils import Conv1D
 
 {parts}
 
-class Pruned{base}(Pruned, {base}):
-    "{base} with the widths listed in `config.pruned`."
+Pruned{base} = pruned_class({base})
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
 # %% ../nbs/60_save.ipynb #2428fb79
-PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values, give_layout, check_loaded, Pruned) # what it holds
+PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values, give_layout, check_loaded, pruned_class) # what it holds
 
 def modeling_source(
     model, # a pruned causal language model
