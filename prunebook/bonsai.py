@@ -470,8 +470,8 @@ class Bonsai(Method):
     units: tuple = ('mlp_channel',) # kinds of units
     evaluations: int = 128 # sub-models in a round
     step: float = .2 # fraction of the decoder's parameters that a round removes, at most
-    windows: int = 2 # pieces of calibration text that one sub-model reads; None: all, the same for every sub-model
-    seqlen: int = 128 # tokens in a piece; None: whole windows
+    windows: int | None = 2 # pieces of calibration text that one sub-model reads; None: all, the same for every sub-model
+    seqlen: int | None = 128 # tokens in a piece; None: whole windows
     prior: str = 'output' # order of the units before any experiment: `output`, `wanda`, `magnitude` or `random`
     design: str = 'orthogonal' # masks: `orthogonal` or `published`
     target: str = 'loss' # what is explained: `loss` or `perplexity`

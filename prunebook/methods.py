@@ -9,6 +9,7 @@ __all__ = ['WORDS', 'METHODS', 'MODULES', 'check_setting', 'check_device', 'Meth
 # %% ../nbs/06_methods.ipynb #c1665bc0
 import copy, importlib, json, math, warnings
 from dataclasses import dataclass, fields
+from typing import get_args
 import torch
 from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, couplings, family_of, slice_units, weight_of
@@ -17,7 +18,7 @@ from .plan import PrunePlan, check_sparsity, check_type, check_writable, model_f
 from .text import self_generated
 
 # %% ../nbs/06_methods.ipynb #d00r0302
-WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', tuple: 'a tuple'} # what types are called
+WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', tuple: 'a tuple', type(None): 'None'} # what types are called
 
 def check_setting(
     field, # a field of a dataclass
@@ -25,11 +26,13 @@ def check_setting(
 ):
     "Raises `ValueError` for a value of another type than the field declares; a field that is None by default may be None."
     if isinstance(field.type, str): return                 # an annotation that Python did not evaluate
-    expected = {float: float | int, tuple: tuple | list}.get(field.type, field.type)
-    try: check_type(field.name, value, expected | None if field.default is None else expected)
+    declared = field.type | None if field.default is None else field.type
+    expected = {float: float | int, float | None: float | int | None, tuple: tuple | list, tuple | None: tuple | list | None}.get(declared, declared)
+    try: check_type(field.name, value, expected)
     except TypeError:
-        example = ' or None' if field.default is None else f', for example {field.default!r}'
-        raise ValueError(f'{field.name} is {value!r}; it is {WORDS.get(field.type, field.type)}{example}.') from None
+        words = ' or '.join(WORDS.get(t, str(t)) for t in get_args(declared) or [declared])
+        example = f', for example {field.default!r}' if isinstance(field.default, (bool, int, float, str, tuple)) else ''
+        raise ValueError(f'{field.name} is {value!r}; it is {words}{example}.') from None
 
 def check_device(
     name, # what the setting is called

@@ -375,8 +375,8 @@ class Taylor(Scored):
     "Remove the units whose weights matter least to the loss, to first order (eq. paramfirst), as in LLM-Pruner."
     name = 'taylor'
     units: tuple = ('kv_group', 'mlp_channel') # kinds of units
-    samples: int = 10 # calibration windows for the gradient; None for all
-    seqlen: int = 64 # their first tokens; None for all
+    samples: int | None = 10 # calibration windows for the gradient; None for all
+    seqlen: int | None = 64 # their first tokens; None for all
     vectorize: bool = False # add signed terms within a row or column
 
     def check(self):
