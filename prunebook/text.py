@@ -250,7 +250,7 @@ def _joined(rows, name, tokenizer, bos, enough):
 def _deed(n, more, field, chats, empty):
     "What was done with `n` documents, in words; `more` were left unread."
     how = {'messages': f', messages {"through the chat template" if chats else "without a chat template"}', 'text': ', field text'}.get(field, '')
-    return (f'{"the first " if more else ""}{n} document{"s"*(n != 1)}{how}' + f', {empty} empty ones left out'*bool(empty)
+    return (f'{"the first " if more else ""}{n} document{"s"*(n != 1)}{how}' + f', {empty} empty left out'*bool(empty)
             + ('' if n < 2 else ', one after the other' if chats else ', joined by blank lines'))
 
 # %% ../nbs/01_text.ipynb #8d0ae7a8
