@@ -177,14 +177,14 @@ def _write_model(model, folder):
     try: model.save_pretrained(folder, save_original_format=stock)                           # transformers renames tensors back for its own classes only
     finally: model.config = old
     path = Path(folder)/'config.json'
-    cfg = json.loads(path.read_text())
+    cfg = json.loads(path.read_text(encoding='utf-8'))
     cfg['architectures'] = [name if stock else f'Pruned{name}']
     if stock: cfg.pop('auto_map', None)
     else: cfg['auto_map'] = {'AutoModelForCausalLM': f'modeling_pruned.Pruned{name}'}
-    path.write_text(json.dumps(cfg, indent=2))
+    path.write_text(json.dumps(cfg, indent=2), encoding='utf-8')
     source = Path(folder)/'modeling_pruned.py'
     if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
-    else: source.write_text(modeling_source(model))
+    else: source.write_text(modeling_source(model), encoding='utf-8')
 
 # %% ../nbs/60_save.ipynb #cafa571d
 def load_pruned(
