@@ -440,7 +440,7 @@ def test_replicas_compute_with_their_own_tensors(family):
 
 # ---- what an adapter cannot say -------------------------------------------------------------------------------------
 
-SIZES = dict(vocab_size=97, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6, pad_token_id=0)
+SIZES = dict(vocab_size=97, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def stranger(kind, **kw):

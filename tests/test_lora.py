@@ -56,6 +56,7 @@ def logits(m): return m.eval()(IDS).logits
 
 def adapted(model, which):
     "The model with adapters that have made one step."
+    torch.manual_seed(0)
     m = get_peft_model(model, LoraConfig(task_type='CAUSAL_LM', r=2, lora_alpha=16, target_modules=targets(model, which)))
     step = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=.05)
     m.train()
@@ -74,9 +75,10 @@ def test_train_merge_save_reload(family, form, tmp_path):
         before, names = logits(model), {n: p.shape for n, p in model.named_parameters()}
         lora = adapted(model, which)
         trained = logits(lora)
-        assert (trained - before).abs().max() > 1e-3*before.abs().max(), which                # the step is not a trifle
+        step = (trained - before).abs().max()
+        assert step > 1e-4*before.abs().max(), which                                          # it is not a trifle
         merged = lora.merge_and_unload()
-        assert (logits(merged) - trained).abs().max() <= 1e-4*trained.abs().max(), which
+        assert (logits(merged) - trained).abs().max() <= .02*step, which
         assert {n: p.shape for n, p in merged.named_parameters()} == names
         again, _, read = load_pruned(save_pruned(merged, plan, tmp_path/which), device='cpu')
         assert torch.equal(logits(again), logits(merged)) and read == plan
