@@ -257,6 +257,7 @@ def test_documents_are_read_until_there_are_enough(plain, model):
 
     def endless():
         for i in range(10**9):
+            assert i < 1000                               # it is not read to its end
             read.append(i)
             yield {'text': f'The document number {i} of very many. '*4}
     w = load_windows(IterableDataset.from_generator(endless), model, plain, n=4, seqlen=16)
