@@ -130,7 +130,7 @@ def free(device):
 
 def spread(values):
     "Median and quartiles."
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values*3
+    low, _, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values*3
     return dict(median=statistics.median(values), low=low, high=high, n=len(values))
 
 
