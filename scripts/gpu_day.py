@@ -39,8 +39,7 @@ from typing import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('TQDM_DISABLE', '1')
+if __name__ == '__main__': os.environ.update({k: os.environ.get(k, '1') for k in ('HF_HUB_OFFLINE', 'TQDM_DISABLE')})    # both are read at import
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -52,9 +51,6 @@ from prunebook.methods import configured, prune  # noqa: E402
 from prunebook.models import TINY, decoder_linears, load_model, n_parameters, tiny_model  # noqa: E402
 from prunebook.plan import write_atomic  # noqa: E402
 from prunebook.text import load_windows, random_tokens  # noqa: E402
-
-transformers.utils.logging.set_verbosity_error()
-warnings.filterwarnings('ignore', category=FutureWarning)
 
 MLP, VALUES, HEADS = ('mlp_channel',), ('value_channel', 'mlp_channel'), ('kv_group', 'mlp_channel')
 
@@ -242,12 +238,13 @@ SHAPES = {
 FEW = dict(evaluations=16, windows=2, seqlen=512, restore=True)  # Bonsai, few sub-models
 SHOT = dict(shots=1, rounds=1, batch_size=1, checkpoint=True, reuse=False)  # LLM Surgeon, one shot
 RUNS = [
-    ('7b', 'fasp', dict(units=MLP), 128, 2048, 60), ('opt-125m', 'fasp', dict(units=MLP), 128, 2048, 8), ('opt-125m', 'fasp', dict(units=HEADS), 128, 2048, 8),
-    ('7b', 'recipe', {}, 32, 2048, 60), ('7b', 'surgeon', SHOT, 32, 512, 30), ('7b', 'depth2', {}, 32, 2048, 30), ('7b', 'bonsai', FEW, 32, 2048, 30),
-    ('8b', 'fasp', dict(units=MLP), 32, 2048, 30), ('13b', 'fasp', dict(units=MLP), 32, 2048, 40), ('1b', 'fasp', dict(units=MLP), 128, 2048, 25),
-    ('1b', 'recipe', {}, 32, 2048, 20), ('1b', 'surgeon', SHOT, 32, 512, 15), ('1b', 'bonsai', FEW, 32, 2048, 15), ('1b', 'depth2', {}, 32, 2048, 15),
-    ('7b', 'fasp', dict(units=VALUES), 32, 2048, 30), ('8b', 'recipe', {}, 32, 2048, 60), ('13b', 'recipe', {}, 16, 2048, 80),
-    ('8b', 'surgeon', SHOT, 32, 512, 40), ('8b', 'depth2', {}, 32, 2048, 40), ('8b', 'bonsai', FEW, 32, 2048, 40), ('7b', 'recipe', {}, 128, 2048, 150)]
+    ('7b', 'fasp', dict(units=MLP), 128, 2048, 60), ('opt-125m', 'fasp', dict(units=MLP), 128, 2048, 8), ('7b', 'recipe', {}, 32, 2048, 60),
+    ('13b', 'fasp', dict(units=MLP), 32, 2048, 40), ('8b', 'fasp', dict(units=MLP), 32, 2048, 30), ('7b', 'surgeon', SHOT, 32, 512, 30),
+    ('7b', 'depth2', {}, 32, 2048, 30), ('7b', 'bonsai', FEW, 32, 2048, 30), ('1b', 'fasp', dict(units=MLP), 32, 2048, 15),
+    ('1b', 'recipe', {}, 32, 2048, 20), ('opt-125m', 'fasp', dict(units=HEADS), 128, 2048, 8), ('7b', 'fasp', dict(units=VALUES), 32, 2048, 30),
+    ('8b', 'recipe', {}, 32, 2048, 60), ('1b', 'surgeon', SHOT, 32, 512, 15), ('1b', 'bonsai', FEW, 32, 2048, 15), ('1b', 'depth2', {}, 32, 2048, 15),
+    ('13b', 'recipe', {}, 16, 2048, 80), ('8b', 'surgeon', SHOT, 32, 512, 40), ('8b', 'depth2', {}, 32, 2048, 40),
+    ('8b', 'bonsai', FEW, 32, 2048, 40), ('7b', 'recipe', {}, 128, 2048, 150)]
 # shape, method, settings, windows, their tokens, seconds it may need; most wanted first
 
 
@@ -544,7 +541,7 @@ def measurements(day):
 
 
 SLOW = '70 40 52 30 10 51 61 50 20 80 99 60'  # notebooks that take longest, and so begin first
-CAPS = dict(tiny=90, shape=210, speed=60, p1=180, notebook=210)  # seconds that a part may take in one run
+CAPS = dict(tiny=90, shape=300, speed=60, p1=180, notebook=210)  # seconds that a part may take in one run
 
 
 def path_of(day, m): return day.out/f'{m.name}.json'
@@ -576,7 +573,7 @@ def in_child(day, m, seconds):
     found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])     # for the processes that notebooks start
     environment = {**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': found, **({} if day.cuda else {'CUDA_VISIBLE_DEVICES': ''})}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds + 30)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds + 15)
         words = (done.stderr.strip().splitlines() or [''])[-1]
     except subprocess.TimeoutExpired: words = 'killed after its time'
     if path_of(day, m).exists(): return json.loads(path_of(day, m).read_text(encoding='utf-8'))
@@ -632,6 +629,8 @@ def main(argv=None):
     parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--seconds', type=float, help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings('ignore', category=FutureWarning)
     day = Day(a.device, a.tiny, a.out.resolve(), a.commit)
     known = list(measurements(day))
     wanted = list(dict.fromkeys(m.name for pattern in a.only for m in known if fnmatch(m.name, pattern)))
