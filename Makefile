@@ -17,7 +17,7 @@ say   = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo test check-export check-clean check-readme docs-check bench-check \
-        test-notebooks test-unit site-tools sync readme docs clean distclean
+        test-notebooks test-unit gpu site-tools sync readme docs clean distclean
 
 help:  ## this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -98,6 +98,12 @@ test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
 test-unit: $(VENV)/.ready-dev  ## run tests/
 	$(call say,Step test-unit: the tests in tests/ (about 4 min on two cores; the slowest are listed at the end))
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n auto --dist loadfile --durations=15 --ignore=tests/test_site.py
+
+# ---- measuring --------------------------------------------------------------------------------------------------------
+
+gpu: $(VENV)/.ready  ## measure on a CUDA GPU into results/gpu, at most 8 min a time; goes on where it stopped
+	$(call say,Measuring on the GPU (at most 8 min; needs a CUDA build: make TORCH=torch))
+	@$(PY) scripts/gpu_day.py
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
 
