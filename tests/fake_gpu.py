@@ -19,6 +19,7 @@ import sys
 import weakref
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -43,6 +44,7 @@ class Backend(_DummyBackendModule):
 
 
 torch.ones(1, requires_grad=True).sum().backward()  # autograd starts its threads before there is a device that they would ask
+_device_constructors()  # remembered by PyTorch for `with torch.device(...)`; has to know `torch.tensor` as it was
 _setup_privateuseone_for_python_backend('gpu', Backend())
 
 
@@ -101,11 +103,20 @@ class GPUTensor(torch.Tensor):
     # PyTorch refuses these for subclasses, not for devices
     def tolist(self): return self.cpu().tolist()
     def item(self): return self.cpu().item()
+    def data_ptr(self): return self.inner.data_ptr()
 
     def numpy(self, *args, **kw):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
 
     def __array__(self, *args, **kw): return self.numpy()
+
+
+class Generator(torch.Generator):
+    "Random numbers for a device; those of `gpu` come from the CPU."
+    def __new__(cls, place='cpu'):
+        g = super().__new__(cls, 'cpu' if is_gpu(place) else place)
+        g.place = torch.device(place)
+        return g
 
 
 WAITS = {'nonzero', 'masked_select', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount', '_local_scalar_dense', 'is_nonzero', 'equal'}
@@ -134,6 +145,7 @@ class FakeGPU(TorchDispatchMode):
         self._exits.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         self._replace(torch.nn.functional, 'scaled_dot_product_attention', self._attention)
         self._replace(torch, 'tensor', self._new_tensor)
+        self._replace(torch, 'Generator', lambda old: Generator)
         return super().__enter__()
 
     def __exit__(self, *args):
@@ -208,6 +220,7 @@ class FakeGPU(TorchDispatchMode):
         if name in INDEXING: self._check_index(name, args)
         else: self._check(name, tensors)
         target = torch.device(wanted) if wanted is not None else args[0].device if name in INDEXING else ours[0].device
+        check_generator(name, target, kwargs.get('generator'))
         inner = lambda t: t.inner if isinstance(t, GPUTensor) else t
         kw = {k: torch.device('cpu') if k == 'device' and v is not None else v for k, v in kwargs.items() if k != 'pin_memory'}
         out = func(*tree_map(inner, args), **tree_map(inner, kw))
@@ -249,6 +262,13 @@ class FakeGPU(TorchDispatchMode):
         if isinstance(base, GPUTensor) and len(ours) < len(indices): self._wait('index from the CPU')
         values = [t.device for t in args[2:3] if isinstance(t, torch.Tensor) and t.ndim]
         self._check(name, (), {base.device, *(i.device for i in ours), *values})
+
+
+def check_generator(name, target, generator):
+    "Random numbers come from a generator of the same kind of device."
+    if generator is None: return
+    kind = getattr(generator, 'place', generator.device).type
+    if kind != target.type: raise RuntimeError(f'Expected a {target.type!r} device type for generator but found {kind!r}: {where()}: {name}')
 
 
 def _attention_by_hand(q, k, v, mask, is_causal, scale, enable_gqa):
