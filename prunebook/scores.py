@@ -292,14 +292,14 @@ def statistics(self:FLAP, model, windows, table):
 def lost(self:FLAP, model, c, kept, mean):
     "Mean of what the removed columns gave to the output (eq. bias), (d,)."
     gone, W = removed_columns(c, kept), weight_of(model.get_submodule(c.second[0])).detach()
-    return W[:, gone].double() @ mean[gone.to(mean.device)]
+    return W[:, gone].double() @ mean[gone.to(mean.device)].to(W.device)
 
 @patch
 def fold(self:FLAP, W, keep, stage, windows, lost):
     "Kept columns that also make the lost mean (eq. fold), (d, m)."
     total = sum(x.flatten(0, -2).sum(0, dtype=torch.float64) for x in stage.X)
     v = constant_weights(stage.gram()[keep][:, keep], total[keep], self.damping(windows))
-    return (W[:, keep].double() + lost[:, None]*v).to(W.dtype)
+    return (W[:, keep].double() + lost[:, None].to(W.device)*v).to(W.dtype)
 
 def add_bias(
     module, # `Linear` or `Conv1D`, changed in place

@@ -105,6 +105,14 @@ class GPUTensor(torch.Tensor):
     def item(self): return self.cpu().item()
     def data_ptr(self): return self.inner.data_ptr()
 
+    # lists in an index become tensors on the device; PyTorch makes them where no emulation sees it
+    def _indices(self, index):
+        if isinstance(index, list): return torch.tensor(index).to(self.device)
+        return tuple(self._indices(i) if isinstance(i, list) else i for i in index) if isinstance(index, tuple) else index
+
+    def __getitem__(self, index): return super().__getitem__(self._indices(index))
+    def __setitem__(self, index, value): super().__setitem__(self._indices(index), value)
+
     def numpy(self, *args, **kw):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
 
