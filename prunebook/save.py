@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELING', 'PARTS', 'narrow_config', 'stock_class', 'fits_stock_class', 'layout', 'give_layout', 'upgraded',
-           'check_loaded', 'pruned_class', 'modeling_source', 'save_pruned', 'load_pruned']
+           'pruned_class', 'modeling_source', 'save_pruned', 'load_pruned']
 
 # %% ../nbs/60_save.ipynb #b32237e6
 import copy, inspect, json, os, secrets, tempfile
@@ -16,7 +16,7 @@ from .couplings import FullHeads, NarrowValues, _empty_narrow, anatomy, family_o
 from .couplings import pad_heads, unpad_heads, unwrapped, weight_of
 from .evaluate import weight_bytes
 from .load import load_ours
-from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device, leftovers, readable, reserved, write_manifest
+from .models import MANIFEST, atomic_folder, cache_dir, check_keys, decoder_linears, default_device, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan, write_atomic
 
 # %% ../nbs/60_save.ipynb #ae59cf68
@@ -88,15 +88,6 @@ def upgraded(
         linears[name] = ['Linear' if sizes else kind, inputs, outputs, bias]
     return dict(linears=linears, attributes=layout['attributes'], values=values)
 
-# %% ../nbs/60_save.ipynb #6da18c64
-def check_loaded(
-    info, # what `from_pretrained(..., output_loading_info=True)` says about the load
-):
-    "Raises `ValueError` if a tensor is missing, is one too many or has another shape."
-    found = {k: sorted(str(x) for x in info[f'{k}_keys']) for k in ('missing', 'unexpected', 'mismatched')}
-    wrong = '; '.join(f'{k}: {", ".join(v[:3])}{" and more" if len(v) > 3 else ""}' for k, v in found.items() if v)
-    if wrong: raise ValueError(f'The saved weights are not those of this model ({wrong}); save the model again with save_pruned.')
-
 # %% ../nbs/60_save.ipynb #2fc58906
 def pruned_class(
     stock, # a class of `transformers`
@@ -110,7 +101,7 @@ def pruned_class(
         @classmethod
         def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            check_loaded(info)
+            check_keys(info)
             return (model, info) if output_loading_info else model
 
     Pruned.__name__ = Pruned.__qualname__ = f'Pruned{stock.__name__}'
@@ -131,7 +122,7 @@ Pruned{base} = pruned_class({base})
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
 # %% ../nbs/60_save.ipynb #2428fb79
-PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values, give_layout, check_loaded, pruned_class) # what it holds
+PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values, give_layout, check_keys, pruned_class) # what it holds
 
 def modeling_source(
     model, # a pruned causal language model
