@@ -121,6 +121,19 @@ class OnDisk:
         with safe_open(self.files[full], 'pt') as f: value = f.get_tensor(full)
         setattr(module, leaf, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
 
+    def tensors(self):
+        "Pairs of name and tensor of everything in the checkpoint, one at a time. Raises `ValueError` for numbers that are not finite."
+        wanted = self.model.state_dict().keys()
+        for name, file in self.files.items():
+            if name not in wanted: raise ValueError(f'The checkpoint has {name}, for which the model has no place; it belongs to another model.')
+            with safe_open(file, 'pt') as f: value = f.get_tensor(name)
+            if not value.isfinite().all(): raise ValueError(f'{name} holds NaN or infinite values; get the checkpoint again before pruning it.')
+            yield name, value
+
+    def outside(self):
+        "Names of the tensors that belong to no block."
+        return [n for n in self.files if not n.startswith(self.prefix)]
+
     def file(self,
         block, # a `Block`
     ):
