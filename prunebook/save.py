@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from .couplings import FullHeads, NarrowValues, _empty_narrow, anatomy, family_of, narrow_class, narrow_values, pad_heads, unpad_heads, unwrapped, weight_of
+from .couplings import anatomy, family_of, narrow_values, unwrapped, weight_of
+from .couplings import FullHeads, NarrowValues, _empty_narrow, narrow_class, pad_heads, unpad_heads   # parts of the modelling file
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, decoder_linears, default_device, is_complete, write_manifest
 from .plan import PrunePlan, write_atomic
@@ -24,7 +25,7 @@ def narrow_config(
 ):
     "Copy of the model's configuration with the widths of its first block."
     cfg, b, family = copy.deepcopy(model.config), anatomy(model)[0], family_of(model)
-    for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                          # of the folder it came from
+    for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                # of the folder it came from
     setattr(cfg, family.mlp_width, b.mlp_width)
     if family.heads:
         for name, value in zip(family.heads, (b.heads, b.kv_heads)): setattr(cfg, name, value)
@@ -53,22 +54,23 @@ def fits_stock_class(
 def layout(
     model, # a pruned causal language model
 ):
-    "What a loader must know beyond the stock configuration: linears (kind, inputs, outputs, bias), attributes of attention modules, narrow values."
+    "What a loader must know beyond the stock configuration: a dict with `linears`, `attributes` and narrow `values`."
     kind = lambda m: 'Conv1D' if isinstance(m, Conv1D) else 'Linear'
-    linears = {n: [kind(m), *reversed(weight_of(m).shape), m.bias is not None] for n, m in decoder_linears(model).items()}
+    spec = lambda m: [kind(m), *reversed(weight_of(m).shape), m.bias is not None]            # kind, inputs, outputs, bias
     attentions = {b.path(b.family.attention): b for b in anatomy(model)}
     attributes = {n: {a: f(b) for a, f in b.family.attributes} for n, b in attentions.items()}
     values = {n: m.narrow for n in attentions if hasattr(m := model.get_submodule(n), 'narrow')}
-    return dict(linears=linears, attributes=attributes, values=values)
+    return dict(linears={n: spec(m) for n, m in decoder_linears(model).items()}, attributes=attributes, values=values)
 
 # %% ../nbs/60_save.ipynb #24540d44
 def give_layout(
     model, # a model of the stock class; changed in place
     layout, # what `layout` returned for the saved one
 ):
-    "Give a stock model the linears, attributes and narrow values that a layout lists; the new linears are not initialised to anything useful."
+    "Give a stock model the linears, attributes and narrow values of a layout; the numbers in the linears are still to come."
     for name, (kind, inputs, outputs, bias) in layout['linears'].items():
-        model.set_submodule(name, Conv1D(outputs, inputs) if kind == 'Conv1D' else nn.Linear(inputs, outputs, bias))
+        new = Conv1D(outputs, inputs) if kind == 'Conv1D' else nn.Linear(inputs, outputs, bias)
+        model.set_submodule(name, new)
     for name, values in layout['attributes'].items():
         for key, value in values.items(): setattr(model.get_submodule(name), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(name), **values)
@@ -82,8 +84,9 @@ def upgraded(
     linears, values = {}, {}
     for name, (kind, inputs, outputs, bias, *sizes) in layout['linears'].items():
         attention, _, last = name.rpartition('.')
-        if kind == 'PaddedValue': values.setdefault(attention, {}).update(zip(('first', 'head_dim', 'value_dim', 'lead'), (last, *sizes)))
-        if kind == 'UnpaddedOutput': values.setdefault(attention, {})['second'] = last
+        part = values.setdefault(attention, {}) if sizes else None
+        if kind == 'PaddedValue': part.update(zip(('first', 'head_dim', 'value_dim', 'lead'), (last, *sizes)))
+        if kind == 'UnpaddedOutput': part['second'] = last
         linears[name] = ['Linear' if sizes else kind, inputs, outputs, bias]
     return dict(linears=linears, attributes=layout['attributes'], values=values)
 
@@ -92,15 +95,17 @@ def check_loaded(
     info, # what `from_pretrained(..., output_loading_info=True)` says about the load
 ):
     "Raises `ValueError` if a tensor is missing, is one too many or has another shape."
-    found = {k: sorted(str(x) for x in info[f'{k}_keys']) for k in ('missing', 'unexpected', 'mismatched')}
-    wrong = '; '.join(f'{k}: {", ".join(v[:3])}{" and more" if len(v) > 3 else ""}' for k, v in found.items() if v)
-    if wrong: raise ValueError(f'The saved weights are not those of this model ({wrong}); save the model again with save_pruned.')
+    wrong = []
+    for kind in ('missing', 'unexpected', 'mismatched'):
+        keys = sorted(str(k) for k in info[f'{kind}_keys'])
+        if keys: wrong.append(f'{kind}: {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else ''))
+    if wrong: raise ValueError(f'The saved weights are not those of this model ({"; ".join(wrong)}); save it again with save_pruned.')
 
 # %% ../nbs/60_save.ipynb #2fc58906
 def pruned_class(
     stock, # a class of `transformers`
 ):
-    "The class that extends `stock`: linears as listed in `config.pruned`, no load with a missing or unknown tensor. It executes nothing of a folder."
+    "The class that extends `stock`: linears as `config.pruned` lists them, and no load with a missing or unknown tensor."
     class Pruned(stock):
         def __init__(self, config):
             super().__init__(config)
@@ -130,13 +135,15 @@ Pruned{base} = pruned_class({base})
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
 # %% ../nbs/60_save.ipynb #2428fb79
-PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values, give_layout, check_loaded, pruned_class) # what it holds
+PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values,
+         give_layout, check_loaded, pruned_class) # what it holds
 
 def modeling_source(
     model, # a pruned causal language model
 ):
     "Python source of a class that loads `model` without this package."
-    return MODELING.format(base=stock_class(model).__name__, parts='\n\n'.join(inspect.getsource(p) for p in PARTS))
+    parts = '\n\n'.join(inspect.getsource(p) for p in PARTS)
+    return MODELING.format(base=stock_class(model).__name__, parts=parts)
 
 # %% ../nbs/60_save.ipynb #72ca44e6
 def _check_room(folder, needed):
@@ -174,7 +181,7 @@ def _write_model(model, folder):
     model.config = narrow_config(model) if stock else copy.deepcopy(old)
     model.config.__dict__.pop('auto_map', None)
     if not stock: model.config.pruned = layout(model)
-    try: model.save_pretrained(folder, save_original_format=stock)                           # transformers renames tensors back for its own classes only
+    try: model.save_pretrained(folder, save_original_format=stock)       # loaders rename tensors back for stock classes only
     finally: model.config = old
     path = Path(folder)/'config.json'
     cfg = json.loads(path.read_text())
@@ -197,7 +204,8 @@ def load_pruned(
     folder = Path(folder)
     if not (folder/MANIFEST).exists(): raise ValueError(f'{folder} is not a folder of save_pruned: it has no {MANIFEST}.')
     if not is_complete(folder): raise ValueError(f'{folder} is damaged: a file is missing or cut short; save the model again.')
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=(folder/'modeling_pruned.py').exists(), output_loading_info=True)
+    own_code = (folder/'modeling_pruned.py').exists()
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=own_code, output_loading_info=True)
     check_loaded(info)
     tokenizer = AutoTokenizer.from_pretrained(folder) if (folder/'tokenizer_config.json').exists() else None
     plan = PrunePlan.load(folder/'plan.json') if (folder/'plan.json').exists() else None
