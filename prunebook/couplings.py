@@ -88,15 +88,20 @@ def _read_block(model, prefix, i):
     rows, columns = [size(p)[0] for p in family.qkv], size(family.out)[1]
     H, K = [max(1, (rows[0] - columns)//(2*h))]*2 if family.fused else (rows[0]//h, rows[1]//h)
     b = Block(i, f'{prefix}.{i}', family, h, H, K, columns//H, size(family.mlp_second)[1])
-    if family.fused and (b.value_dim > h or rows[0] != H*(2*h + b.value_dim)): _cannot_say(model, f'{family.qkv[0]} holds q, k and v of grouped queries')
-    for p in family.mlp_firsts:
-        if size(p)[0] != b.mlp_width: _cannot_say(model, f'{p} has {size(p)[0]} rows for {b.mlp_width} channels, as where gate and up are one matrix')
+    _check_shapes(model, b, {p: size(p)[0] for p in (*family.qkv, *family.mlp_firsts)})
     return b
 
-def _cannot_say(model, what):
-    "Raises the `ValueError` for a block that needs more than names."
-    raise ValueError(f'No adapter can describe model type {model.config.model_type!r}: {what}. '
-                     'Copy its weights into a class that has these linears apart, such as Llama, and prune that.')
+def _check_shapes(model, b, rows):
+    "Raises `ValueError` for a block that needs more than names: its linears do not have as many rows as its shape says."
+    wrong, family = None, b.family
+    if family.fused and (b.value_dim > b.head_dim or rows[family.qkv[0]] != b.heads*(2*b.head_dim + b.value_dim)):
+        wrong = f'{family.qkv[0]} holds q, k and v of grouped queries'
+    for p in family.mlp_firsts:
+        if rows[p] != b.mlp_width:
+            wrong = wrong or f'{p} has {rows[p]} rows for {b.mlp_width} channels, as where gate and up are one matrix'
+    if wrong:
+        raise ValueError(f'No adapter can describe model type {model.config.model_type!r}: {wrong}. '
+                         'Copy its weights into a class that has these linears apart, such as Llama, and prune that.')
 
 # %% ../nbs/03_couplings.ipynb #6e73ba06
 def anatomy(
@@ -111,9 +116,9 @@ def unwrapped(
     model, # a causal language model, perhaps compiled or (distributed) data-parallel
 ):
     "The plain model inside. Raises `ValueError` if parts of it were compiled one by one."
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or '_orig_mod' in model._modules:
-        model = model._modules.get('_orig_mod') or model.module
-    if part := next((n for n, m in model.named_modules() if '_orig_mod' in m._modules), None):
+    parallel, compiled = (nn.DataParallel, nn.parallel.DistributedDataParallel), lambda m: '_orig_mod' in m._modules
+    while compiled(model) or isinstance(model, parallel): model = model._orig_mod if compiled(model) else model.module
+    if part := next((n for n, m in model.named_modules() if compiled(m)), None):
         raise ValueError(f'{part} was compiled on its own; prune the plain model and compile it afterwards.')
     return model
 
@@ -160,7 +165,7 @@ def _coupling(model, b, kind):
     else:
         *tables, columns = _attention_tables(b, kind)
         names = [b.path(p) for p in family.qkv]*(3 if family.fused else 1)
-        starts = [0, b.heads*b.head_dim, 2*b.heads*b.head_dim] if family.fused else [0, 0, 0]   # fused: q, then k, then v
+        starts = [0, b.heads*b.head_dim, 2*b.heads*b.head_dim] if family.fused else [0, 0, 0]   # q, then k, then v
         firsts = [(n, t + s) for n, t, s in zip(names, tables, starts) if t is not None]
         second, groups = (b.out, columns), {'kv_group': 1}.get(kind, b.kv_heads)
     per_row = lambda n: weight_of(get(n)).shape[1] + (get(n).bias is not None)
@@ -170,19 +175,19 @@ def _coupling(model, b, kind):
 # %% ../nbs/03_couplings.ipynb #f70ec347
 def _check_attention(model, family, kind):
     "Raises `ValueError` if the adapter says too little to cut this kind of unit from attention."
-    of = f'of model type {model.config.model_type!r}'
+    of, value, out = f'of model type {model.config.model_type!r}', family.qkv[-1], family.out
     if family.fused and not family.stacked:
-        raise ValueError(f'{family.qkv[0]} {of} holds q, k and v, and its adapter does not say that they are stacked (all queries, then all keys, then all values); '
-                         f'{kind} cannot be cut from it. Prune mlp_channel only.')
-    if kind == 'value_channel' and any(p.rpartition('.')[0] != family.attention for p in (family.qkv[-1], family.out)):
-        raise ValueError(f'{family.qkv[-1]} and {family.out} {of} are not directly in {family.attention}; its value channels cannot be cut.')
+        raise ValueError(f'{value} {of} holds q, k and v, and its adapter does not say that they are stacked '
+                         f'(all queries, then all keys, then all values); {kind} cannot be cut from it. Prune mlp_channel only.')
+    if kind == 'value_channel' and any(p.rpartition('.')[0] != family.attention for p in (value, out)):
+        raise ValueError(f'{value} and {out} {of} are not directly in {family.attention}; value channels cannot be cut.')
 
 # %% ../nbs/03_couplings.ipynb #0d583814
 def couplings(
     model, # a causal language model of `transformers`
     kinds=('mlp_channel', 'kv_group'), # kinds of units; at most one of attention
 ):
-    "The couplings of every block, in the order in which a forward pass meets them (attention, then MLP). Raises `ValueError` for kinds that the model cannot lose."
+    "The couplings of every block in the order of a forward pass: attention, then MLP. Raises `ValueError` for kinds that cannot leave."
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for k in kinds:
         if k not in KINDS: raise ValueError(f'Unknown kind of unit {k!r}; there are {", ".join(KINDS)}.')
@@ -279,18 +284,23 @@ def unpad_heads(
 # %% ../nbs/03_couplings.ipynb #a95a5421
 class FullHeads:
     "An attention module as its own code sees it: all heads have the full size."
-    def __init__(self, attention, first, second, head_dim, value_dim, lead):
-        value, out = getattr(attention, first), getattr(attention, second)
-        self.attention = attention
-        setattr(self, first, lambda x: pad_heads(value(x), head_dim, value_dim, lead))
-        setattr(self, second, lambda x: out(unpad_heads(x, head_dim, value_dim)))
+    def __init__(self,
+        attention, # attention module with narrow values
+        first, # name in it of the linear that computes values
+        second, # name in it of the output projection
+        **sizes, # head_dim, value_dim and lead, as for `pad_heads`
+    ):
+        value, out, self.attention = getattr(attention, first), getattr(attention, second), attention
+        setattr(self, first, lambda x: pad_heads(value(x), **sizes))
+        setattr(self, second, lambda x: out(unpad_heads(x, sizes['head_dim'], sizes['value_dim'])))
 
     def __getattr__(self, name): return getattr(self.attention, name)
 
+# %% ../nbs/03_couplings.ipynb #7bc7f556
 class NarrowValues:
     "Mixed into the attention class of a family: its code runs on `FullHeads`."
     def forward(self, *args, **kwargs): return self.stock.forward(FullHeads(self, **self.narrow), *args, **kwargs)
-    def __reduce__(self): return _empty_narrow, (self.stock,), self.__dict__                  # a class made on the fly is pickled by what it extends
+    def __reduce__(self): return _empty_narrow, (self.stock,), self.__dict__    # pickled by the class that it extends
 
 @functools.cache
 def narrow_class(
@@ -352,8 +362,9 @@ def _refresh(model, c):
     "Keep the attention module of a sliced block in step with its tensors."
     if c.kind == 'mlp_channel': return
     prefix, _, _ = c.second[0].partition(f'.{c.layer}.')
-    b, local = _read_block(model, prefix, c.layer), lambda p: p.removeprefix(f'{family.attention}.')
+    b = _read_block(model, prefix, c.layer)
     family, attention = b.family, model.get_submodule(b.path(b.family.attention))
     for name, f in family.attributes: setattr(attention, name, f(b))
-    if b.value_dim < b.head_dim:
-        narrow_values(attention, local(family.qkv[-1]), local(family.out), b.head_dim, b.value_dim, 2*b.heads*b.head_dim if family.fused else 0)
+    if b.value_dim == b.head_dim: return
+    first, second = (p.removeprefix(f'{family.attention}.') for p in (family.qkv[-1], family.out))
+    narrow_values(attention, first, second, b.head_dim, b.value_dim, 2*b.heads*b.head_dim if family.fused else 0)

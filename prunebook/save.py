@@ -25,7 +25,7 @@ def narrow_config(
 ):
     "Copy of the model's configuration with the widths of its first block."
     cfg, b, family = copy.deepcopy(model.config), anatomy(model)[0], family_of(model)
-    for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                          # of the folder it came from
+    for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                # of the folder it came from
     setattr(cfg, family.mlp_width, b.mlp_width)
     if family.heads:
         for name, value in zip(family.heads, (b.heads, b.kv_heads)): setattr(cfg, name, value)
@@ -54,22 +54,23 @@ def fits_stock_class(
 def layout(
     model, # a pruned causal language model
 ):
-    "What a loader must know beyond the stock configuration: linears (kind, inputs, outputs, bias), attributes of attention modules, narrow values."
+    "What a loader must know beyond the stock configuration: a dict with `linears`, `attributes` and narrow `values`."
     kind = lambda m: 'Conv1D' if isinstance(m, Conv1D) else 'Linear'
-    linears = {n: [kind(m), *reversed(weight_of(m).shape), m.bias is not None] for n, m in decoder_linears(model).items()}
+    spec = lambda m: [kind(m), *reversed(weight_of(m).shape), m.bias is not None]            # kind, inputs, outputs, bias
     attentions = {b.path(b.family.attention): b for b in anatomy(model)}
     attributes = {n: {a: f(b) for a, f in b.family.attributes} for n, b in attentions.items()}
     values = {n: m.narrow for n in attentions if hasattr(m := model.get_submodule(n), 'narrow')}
-    return dict(linears=linears, attributes=attributes, values=values)
+    return dict(linears={n: spec(m) for n, m in decoder_linears(model).items()}, attributes=attributes, values=values)
 
 # %% ../nbs/60_save.ipynb #24540d44
 def give_layout(
     model, # a model of the stock class; changed in place
     layout, # what `layout` returned for the saved one
 ):
-    "Give a stock model the linears, attributes and narrow values that a layout lists; the new linears are not initialised to anything useful."
+    "Give a stock model the linears, attributes and narrow values of a layout; the numbers in the linears are still to come."
     for name, (kind, inputs, outputs, bias) in layout['linears'].items():
-        model.set_submodule(name, Conv1D(outputs, inputs) if kind == 'Conv1D' else nn.Linear(inputs, outputs, bias))
+        new = Conv1D(outputs, inputs) if kind == 'Conv1D' else nn.Linear(inputs, outputs, bias)
+        model.set_submodule(name, new)
     for name, values in layout['attributes'].items():
         for key, value in values.items(): setattr(model.get_submodule(name), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(name), **values)
@@ -83,8 +84,9 @@ def upgraded(
     linears, values = {}, {}
     for name, (kind, inputs, outputs, bias, *sizes) in layout['linears'].items():
         attention, _, last = name.rpartition('.')
-        if kind == 'PaddedValue': values.setdefault(attention, {}).update(zip(('first', 'head_dim', 'value_dim', 'lead'), (last, *sizes)))
-        if kind == 'UnpaddedOutput': values.setdefault(attention, {})['second'] = last
+        part = values.setdefault(attention, {}) if sizes else None
+        if kind == 'PaddedValue': part.update(zip(('first', 'head_dim', 'value_dim', 'lead'), (last, *sizes)))
+        if kind == 'UnpaddedOutput': part['second'] = last
         linears[name] = ['Linear' if sizes else kind, inputs, outputs, bias]
     return dict(linears=linears, attributes=layout['attributes'], values=values)
 
@@ -92,7 +94,7 @@ def upgraded(
 def pruned_class(
     stock, # a class of `transformers`
 ):
-    "The class that extends `stock`: linears as listed in `config.pruned`, no load with a missing or unknown tensor. It executes nothing of a folder."
+    "The class that extends `stock`: linears as `config.pruned` lists them, and no load with a missing or unknown tensor."
     class Pruned(stock):
         def __init__(self, config):
             super().__init__(config)
@@ -128,7 +130,8 @@ def modeling_source(
     model, # a pruned causal language model
 ):
     "Python source of a class that loads `model` without this package."
-    return MODELING.format(base=stock_class(model).__name__, parts='\n\n'.join(inspect.getsource(p) for p in PARTS))
+    parts = '\n\n'.join(inspect.getsource(p) for p in PARTS)
+    return MODELING.format(base=stock_class(model).__name__, parts=parts)
 
 # %% ../nbs/60_save.ipynb #72ca44e6
 def _rescue(write, name, needed):

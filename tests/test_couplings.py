@@ -451,8 +451,7 @@ def stranger(kind, **kw):
     return m
 
 
-@pytest.mark.parametrize('adapter,message', [(Family(qkv=('self_attn.qkv_proj',)), 'qkv_proj holds q, k and v of grouped queries'),
-                                             (Family(qkv=('self_attn.qkv_proj',), mlp_firsts=('mlp.gate_up_proj',)), 'grouped queries'),
+@pytest.mark.parametrize('adapter,message', [(Family(qkv=('self_attn.qkv_proj',), mlp_firsts=('mlp.gate_up_proj',)), 'qkv_proj holds q, k and v of grouped queries'),
                                              (Family(qkv=('self_attn.o_proj',)*3, mlp_firsts=('mlp.gate_up_proj',)), '74 rows for 37 channels')])
 def test_fused_groups_and_gates_are_refused(adapter, message, monkeypatch):
     monkeypatch.setitem(FAMILIES, 'phi3', adapter)
