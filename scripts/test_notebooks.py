@@ -46,10 +46,11 @@ def notebooks(folder, names):
     return sorted((p for p in found if p.stem in wanted), key=slow, reverse=True)
 
 
-def commits():
-    "Number of commits so far; 0 outside of a repository."
-    git = subprocess.run(['git', 'rev-list', '--count', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
-    return int(git.stdout) if git.returncode == 0 else 0
+def turn():
+    "Number of commits so far; of a shallow clone, which does not know it, the name of the commit; 0 outside of a repository."
+    git = lambda *args: subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if git('rev-parse', '--is-shallow-repository') == 'true': return int(git('rev-parse', 'HEAD')[:8], 16)
+    return int(git('rev-list', '--count', 'HEAD') or 0)
 
 
 def other_modes():
@@ -193,7 +194,7 @@ def main(argv=None):
     if args.here: return 0 if execute(paths[0], args.mode[0], args.seconds, args.keep_going) else 1
     jobs = [(p, m) for m in args.mode for p in paths]
     if args.others:
-        modes, quarter = other_modes(), commits()%4 if args.quarter is None else args.quarter
+        modes, quarter = other_modes(), turn()%4 if args.quarter is None else args.quarter
         jobs += quarter_jobs(paths, modes, quarter)
         print(f'all in the default mode; quarter {quarter} in {" and ".join(modes)}, {args.seconds:.0f} s each (--quarter {quarter} does it again)')
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

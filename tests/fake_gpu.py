@@ -121,10 +121,17 @@ class GPUTensor(torch.Tensor):
 
 class Generator(torch.Generator):
     "Random numbers for a device; those of `gpu` come from the CPU."
+    on_gpu = set()  # addresses: operations see another Python object for the same generator
+
     def __new__(cls, place='cpu'):
-        g = super().__new__(cls, 'cpu' if is_gpu(place) else place)
-        g.place = torch.device(place)
+        if not is_gpu(place): return torch_generator(place)
+        g = super().__new__(cls, 'cpu')
+        cls.on_gpu.add(g._cdata)
+        weakref.finalize(g, cls.on_gpu.discard, g._cdata).atexit = False
         return g
+
+
+torch_generator = torch.Generator
 
 
 WAITS = {'nonzero', 'masked_select', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount', '_local_scalar_dense', 'is_nonzero', 'equal'}
@@ -275,7 +282,7 @@ class FakeGPU(TorchDispatchMode):
 def check_generator(name, target, generator):
     "Random numbers come from a generator of the same kind of device."
     if generator is None: return
-    kind = getattr(generator, 'place', generator.device).type
+    kind = 'gpu' if generator._cdata in Generator.on_gpu else generator.device.type
     if kind != target.type: raise RuntimeError(f'Expected a {target.type!r} device type for generator but found {kind!r}: {where()}: {name}')
 
 

@@ -1,5 +1,9 @@
 """Every method on a pretended accelerator, with the model in three places: nothing meets on two devices, and results are those of the CPU."""
 import functools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,8 +65,67 @@ def test_as_on_the_cpu(case, family, place):
     if place == 'visited' and 'device' not in as_method(case[0]).settings(): pytest.skip(f'{case[0]} has no device of its own')
     kept, logits = on_the_cpu(CASES.index(case), family)
     settings = {**case[1], **(dict(device='gpu:0') if place == 'visited' else {})}
-    with FakeGPU(strict=True), torch.no_grad():
+    with FakeGPU(strict=True):
         small, plan = prune(PLACES[place](tiny_model(family)), TEXT, configured(case[0], settings), .2)
-        found = small(TEXT.ids[:2].to(small.device)).logits.cpu()
+        with torch.no_grad(): found = small(TEXT.ids[:2].to(small.device)).logits.cpu()
     assert plan.kept == kept
     assert (found - logits).abs().max() <= 1e-4*logits.abs().max()
+
+
+# ---- the pretended accelerator itself: what CUDA refuses, what it allows, and what is counted
+
+
+def test_mixed_devices_are_refused():
+    with FakeGPU() as gpu:
+        x = torch.ones(3, 4, device='gpu:0')
+        for mixed in (lambda: x + torch.ones(4), lambda: x @ torch.ones(4, 2, device='gpu:1'), lambda: torch.cat([x, torch.ones(1, 4)]),
+                      lambda: torch.ones(3)[torch.tensor([0], device='gpu:0')], lambda: torch.nn.functional.embedding(torch.tensor([0]), x)):
+            with pytest.raises(RuntimeError, match='same device'): mixed()
+        for host in (x.numpy, x.__array__):
+            with pytest.raises(TypeError, match='convert gpu:0'): host()
+        with pytest.raises(RuntimeError, match='generator'): torch.rand(2, device='gpu:0', generator=torch.Generator())
+    assert sum(gpu.mixed.values()) == 5
+
+
+def test_what_cuda_allows():
+    with FakeGPU() as gpu:
+        x = torch.arange(12., device='gpu:0').view(3, 4)
+        assert (x*torch.tensor(2.))[torch.tensor([1])].tolist() == [[8., 10., 12., 14.]]       # a number, and an index, from the CPU
+        assert x[[0, 2], 1].tolist() == [1., 9.] and x.sum().item() == 66.
+        y = x.clone()
+        y[:, torch.tensor([0])] = 0
+        assert y.cpu().numpy().sum() == 54. and torch.equal(x.to('gpu:1').cpu(), x.cpu())
+        assert torch.rand(2, device='gpu:0', generator=torch.Generator('gpu:0').manual_seed(0)).device == device()
+    assert not gpu.mixed
+
+
+def test_counts():
+    with FakeGPU() as gpu:
+        x = torch.zeros(1000).to('gpu:0')
+        assert sum(gpu.to_device.values()) == 4000 == gpu.alive['gpu:0'] and not gpu.syncs
+        view, y = x[:10], x + 1
+        assert gpu.alive['gpu:0'] == 8000                      # a view holds no bytes of its own
+        y.sum().item()
+        assert sum(gpu.syncs.values()) == 1 and sum(gpu.to_host.values()) == 4
+        del y
+        assert gpu.alive['gpu:0'] == 4000 and gpu.peak['gpu:0'] >= 8000
+        del x
+        assert gpu.alive['gpu:0'] == 4000                      # the view holds all of it
+        del view
+        assert gpu.alive['gpu:0'] == 0
+
+
+def test_a_model_loaded_first_on_the_device():
+    "Buffers that no file holds are right when the first model of a process is made there."
+    code = """if True:
+        import sys; sys.path.insert(0, 'tests')
+        from fake_gpu import FakeGPU
+        import torch
+        with FakeGPU():
+            from transformers import AutoModelForCausalLM
+            model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to('gpu:0')
+            print(model.model.rotary_emb.inv_freq[0].item())"""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model('llama').save_pretrained(folder)
+        out = subprocess.run([sys.executable, '-c', code, folder], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert float(out.stdout) == 1.
