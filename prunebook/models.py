@@ -238,7 +238,7 @@ def _locked(target):
         yield
         return
     lock = FileLock(path)
-    try: _acquire(lock, path)
+    try: lock.acquire(timeout=0)
     except Timeout: raise BlockingIOError(f'Another run is writing to {target}; wait for it, or choose another folder.') from None
     except NotImplementedError: pass                       # a file system without locks
     except (OSError, ValueError) as e: raise _unwritable(target, e) from e
@@ -246,14 +246,7 @@ def _locked(target):
     try: yield
     finally:
         _reserved.discard(key)
-        if os.name != 'nt': path.unlink(missing_ok=True)   # while it is ours; Windows removes it on release
-        lock.release()
-
-def _acquire(lock, path):
-    "Take a lock without waiting. A holder removes its file as it leaves: a lock on a removed file is none."
-    while True:
-        lock.acquire(timeout=0)
-        if path.exists(): return
+        if os.name != 'nt': path.unlink(missing_ok=True)   # while it is ours: a lock on a removed file is none (filelock 4)
         lock.release()
 
 def reserved(
