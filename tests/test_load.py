@@ -62,7 +62,7 @@ def trap(folder, manifest=True):
     "Code wherever code could be run from; returns the file that appears if it is."
     mark = folder.parent/'it ran'
     code = f'open({str(mark)!r}, "a").write(__name__)\n'
-    classes = 'from transformers import *\nclass C(LlamaConfig): pass\nclass M(LlamaForCausalLM): config_class = C\nclass T(PreTrainedTokenizerFast): pass\n'
+    classes = 'from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\nclass C(LlamaConfig): pass\nclass M(LlamaForCausalLM): config_class = C\nclass T(PreTrainedTokenizerFast): pass\ndef generate(*args, **kw): pass\n'
     for name in ('modeling_pruned.py', 'evil.py', '__init__.py', 'prunebook.py', 'tokenizer.py', 'custom_generate/generate.py'):
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_text(code + classes)
