@@ -7,13 +7,13 @@ __all__ = ['MODELING', 'narrow_config', 'stock_class', 'fits_stock_class', 'layo
            'load_pruned']
 
 # %% ../nbs/60_save.ipynb #b32237e6
-import copy, inspect, json, shutil
+import copy, inspect, json, os, secrets, tempfile
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
 from .couplings import PaddedValue, UnpaddedOutput, anatomy, family_of, weight_of
 from .evaluate import weight_bytes
-from .models import MANIFEST, atomic_folder, decoder_linears, default_device, is_complete, write_manifest
+from .load import load_ours
+from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan, write_atomic
 
 # %% ../nbs/60_save.ipynb #ae59cf68
@@ -93,12 +93,20 @@ def modeling_source(
     return MODELING.format(base=stock_class(model).__name__, bridges='\n\n'.join(inspect.getsource(c) for c in (PaddedValue, UnpaddedOutput)))
 
 # %% ../nbs/60_save.ipynb #72ca44e6
-def _check_room(folder, needed):
-    "Raises `OSError` if there are less than `needed` bytes where `folder` will be."
-    place = Path(folder).absolute().parent
-    while not place.exists(): place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed: raise OSError(f'{place} has {free/2**20:.0f} MiB left and the model needs {needed/2**20:.0f}; free some space or choose another disk.')
+def _rescue(write, name, needed):
+    "Keep a model that could not be saved; returns where, or None if nothing could be written there either."
+    for place in (lambda: cache_dir()/'rescued', lambda: tempfile.mkdtemp(prefix='prunebook-rescued-')):
+        try:
+            kept = Path(place())/f'{name[:40]}-{secrets.token_hex(4)}'
+            with atomic_folder(kept, needed=needed) as tmp: write(tmp)
+            return kept
+        except Exception: continue
+
+def _outcome(folder, kept):
+    "Sentences that say what there is after a failure."
+    if rest := leftovers(folder): left = f'{rest[0]} was left and can be deleted.'
+    else: left = 'What was there is unchanged.' if os.path.lexists(folder) else 'Nothing was left there.'
+    return left + (f' The model is kept in {kept}.' if kept else ' It could not be kept elsewhere either.')
 
 # %% ../nbs/60_save.ipynb #0a747c45
 def save_pruned(
@@ -106,18 +114,25 @@ def save_pruned(
     plan, # its `PrunePlan`, or None
     folder, # folder to make
     tokenizer=None, # saved beside the model if given
-    overwrite=False, # replace a folder that is there already
+    overwrite=False, # replace a folder of ours that is there already
+    add=None, # function that writes further files into the folder it is given, such as a report
 ):
     "Save a pruned model so that `from_pretrained` loads it; returns the folder. Raises `FileExistsError` or `OSError` before any work."
-    if Path(folder).exists() and not overwrite: raise FileExistsError(f'{folder} exists already; choose another folder or ask for it to be overwritten.')
-    _check_room(folder, 1.05*weight_bytes(model))
+    needed, begun = 1.05*weight_bytes(model), reserved(folder)
+    def write(tmp, add=None):
+        _write_model(model, tmp)
+        if tokenizer is not None: tokenizer.save_pretrained(tmp)
+        if plan is not None: plan.save(tmp/'plan.json')
+        if add: add(tmp)
+        write_manifest(tmp)
     try:
-        with atomic_folder(folder, overwrite) as tmp:
-            _write_model(model, tmp)
-            if tokenizer is not None: tokenizer.save_pretrained(tmp)
-            if plan is not None: plan.save(tmp/'plan.json')
-            write_manifest(tmp)
-    except (OSError, SafetensorError) as e: raise OSError(f'Could not save to {folder}: {e}. Nothing was left there.') from e
+        with atomic_folder(folder, overwrite, needed, getattr(model.config, '_name_or_path', None)) as tmp:
+            begun = True
+            write(tmp, add)
+    except Exception as e:
+        if not begun: raise
+        kept = _rescue(write, Path(folder).name, needed)
+        raise OSError(f'Could not save to {folder}: {str(e).rstrip(".") or type(e).__name__}. {_outcome(folder, kept)}') from e
     return Path(folder)
 
 # %% ../nbs/60_save.ipynb #3a266358
@@ -145,13 +160,15 @@ def load_pruned(
     folder, # folder made by `save_pruned`
     device=None, # a torch device; a GPU if there is one, by default
     dtype='auto', # a torch dtype; the saved one by default
+    verify=True, # compare the checksums of all files; sizes are compared always
 ):
-    "Model, tokenizer and plan of a saved folder (the last two None if absent). Raises `ValueError` for an incomplete folder."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    "Model, tokenizer and plan of a saved folder (the last two None if absent). Raises `ValueError` for a folder that is damaged or not ours."
+    from transformers import AutoTokenizer
     folder = Path(folder)
     if not (folder/MANIFEST).exists(): raise ValueError(f'{folder} is not a folder of save_pruned: it has no {MANIFEST}.')
-    if not is_complete(folder): raise ValueError(f'{folder} is damaged: a file is missing or cut short; save the model again.')
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=(folder/'modeling_pruned.py').exists())
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder/'tokenizer_config.json').exists() else None
+    with readable(folder):
+        model = load_ours(folder, dtype, verify)
+        named = (folder/'tokenizer_config.json').exists()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True) if named else None
     plan = PrunePlan.load(folder/'plan.json') if (folder/'plan.json').exists() else None
     return model.to(device or default_device()).eval(), tokenizer, plan

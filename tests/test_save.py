@@ -19,7 +19,7 @@ from prunebook import models as models_module, save as save_module
 from prunebook.couplings import PaddedValue, UnpaddedOutput, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.methods import prune
-from prunebook.models import MANIFEST, TINY, is_complete
+from prunebook.models import MANIFEST, TINY, is_complete, load_model, verify, write_manifest
 from prunebook.save import fits_stock_class, load_pruned, modeling_source, narrow_config, save_pruned, stock_class
 from prunebook.text import Windows
 
@@ -88,6 +88,8 @@ def test_bit_for_bit(family, variant, tmp_path):
     stock = fits_stock_class(m)
     assert stock == (variant == 'heads' and family not in ('opt', 'gpt2'))
     assert (tmp_path/'saved'/'modeling_pruned.py').exists() != stock
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path/'saved', dtype='auto', trust_remote_code=not stock)
+    assert torch.equal(logits(plain.eval()), logits(m))    # by way of the modelling file
     assert type(again).__module__.startswith('transformers.models.') == stock and stock_class(again) is type(tiny_model(family))
     assert [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(again)] == [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(m)]
 
@@ -200,7 +202,8 @@ def test_an_extraordinary_model_that_becomes_ordinary(tmp_path):
 
 def test_loaded_bridges_are_recognised(tmp_path):
     "Classes from a modelling file are other classes than ours."
-    once = survives(VARIANTS['values'](tiny_model('llama')), tmp_path/'once')
+    save_pruned(VARIANTS['values'](tiny_model('llama')), None, tmp_path/'once')
+    once = AutoModelForCausalLM.from_pretrained(tmp_path/'once', trust_remote_code=True)
     assert not any(isinstance(m, (PaddedValue, UnpaddedOutput)) for m in once.modules())
     assert not fits_stock_class(once)
     linears = save_module.layout(once)['linears']
@@ -280,17 +283,17 @@ def test_a_disk_that_fills_up_after_the_weights(tmp_path, tiny_tokenizer, monkey
 
 
 def test_no_room_is_seen_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(save_module.shutil, 'disk_usage', lambda p: type('usage', (), dict(free=1000))())
+    monkeypatch.setattr(models_module.shutil, 'disk_usage', lambda p: type('usage', (), dict(free=1000))())
     monkeypatch.setattr(save_module, '_write_model', lambda *a: pytest.fail('work was begun'))
     with pytest.raises(OSError, match='MiB left and the model needs'): save_pruned(tiny_model('opt'), None, tmp_path/'deep'/'target')
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('odd'), MemoryError()])
-def test_an_interruption_leaves_nothing(error, tmp_path):
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), SystemExit(143), RuntimeError('odd'), MemoryError()])
+def test_an_interruption_leaves_nothing(error, tmp_path, home):
     m = tiny_model('gpt2')
     config = m.config
-    with pytest.raises(type(error)): save_pruned(breaks_with(m, error, 'late'), None, tmp_path/'target')
+    with pytest.raises(OSError if isinstance(error, Exception) else type(error)): save_pruned(breaks_with(m, error, 'late'), None, tmp_path/'target')
     assert list(tmp_path.iterdir()) == [] and m.config is config
 
 
@@ -313,15 +316,19 @@ def test_failing_to_overwrite_keeps_the_old_folder(error, tmp_path):
     assert still_there(tmp_path, new)
 
 
+def no_exchange(a, b): raise OSError('not on this system')
+
+
 def test_a_failing_rename_keeps_the_old_folder(tmp_path, monkeypatch):
-    "The old folder is moved aside first; it must come back if the new one cannot take its place."
+    "Without an atomic exchange the old folder is moved aside first; it must come back if the new one cannot take its place."
     old, rename = saved_before(tmp_path), Path.rename
     def fail(self, target):
         if Path(target).name == 'target' and '-old' not in self.name: raise OSError(errno.EACCES, 'Permission denied')
         return rename(self, target)
     with monkeypatch.context() as mp:
         mp.setattr(Path, 'rename', fail)
-        with pytest.raises(OSError, match='Permission denied'): save_pruned(tiny_model('llama'), None, tmp_path/'target', overwrite=True)
+        mp.setattr(models_module, '_exchange', no_exchange)
+        with pytest.raises(OSError, match='Permission denied.*What was there is unchanged'): save_pruned(tiny_model('llama'), None, tmp_path/'target', overwrite=True)
     assert still_there(tmp_path, old)
 
 
@@ -361,7 +368,7 @@ def test_a_killed_process_leaves_no_folder_that_loads(overwrite, tmp_path):
     p.kill()
     p.join()
     assert p.exitcode == -signal.SIGKILL
-    rest = [x for x in tmp_path.iterdir() if x.name != 'target']
+    rest = [x for x in tmp_path.iterdir() if x.name not in ('target', '.target.lock')]
     assert len(rest) == 1 and (rest[0]/'model.safetensors').exists()                          # it was in the middle
     with pytest.raises(ValueError, match='not a folder of save_pruned'): load_pruned(rest[0])
     if overwrite: assert torch.equal(logits(load_pruned(tmp_path/'target', device='cpu')[0]), logits(old))
@@ -369,19 +376,22 @@ def test_a_killed_process_leaves_no_folder_that_loads(overwrite, tmp_path):
     m = tiny_model('opt')
     save_pruned(m, None, tmp_path/'target', overwrite=overwrite)                              # and one can go on
     assert torch.equal(logits(load_pruned(tmp_path/'target', device='cpu')[0]), logits(m))
+    assert [x.name for x in tmp_path.iterdir()] == ['target']                                 # which sweeps the rest
 
 
 # ---- damaged folders ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name,how', [('model.safetensors', 'cut'), ('model.safetensors', 'longer'), ('config.json', 'missing'), ('modeling_pruned.py', 'missing'),
+@pytest.mark.parametrize('name,how', [('model.safetensors', 'cut'), ('model.safetensors', 'longer'), ('model.safetensors', 'flipped'), ('config.json', 'flipped'), ('config.json', 'missing'), ('modeling_pruned.py', 'missing'),
                                       ('modeling_pruned.py', 'longer'), ('generation_config.json', 'cut')])
 def test_damaged_files_are_refused(name, how, tmp_path):
     saved_before(tmp_path)
     path = tmp_path/'target'/name
     data = path.read_bytes()
     if how == 'missing': path.unlink()
-    else: path.write_bytes(data[:-1] if how == 'cut' else data + b'\n')
-    with pytest.raises(ValueError, match='target is damaged: a file is missing or cut short'): load_pruned(tmp_path/'target')
+    else: path.write_bytes(dict(cut=data[:-1], longer=data + b'\n', flipped=data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])[how])
+    for load in (load_pruned, load_model):
+        with pytest.raises(ValueError, match=f'target.*it is damaged: {name}'): load(tmp_path/'target')
+    assert len(verify(tmp_path/'target')) == 1 and verify(tmp_path/'target')[0].startswith(name)
     path.write_bytes(data)
     load_pruned(tmp_path/'target', device='cpu')
 
@@ -404,7 +414,8 @@ def test_a_damaged_manifest_is_refused(content, tmp_path):
 def test_a_damaged_plan_is_named(tmp_path):
     _, plan = prune(tiny_model('llama'), Windows(IDS, 'random'), FASP(), .1)
     folder = save_pruned(tiny_model('llama'), plan, tmp_path/'target')
-    (folder/'plan.json').write_text('{"method": "x"' + ' '*((folder/'plan.json').stat().st_size - 14))      # same size
+    (folder/'plan.json').write_text('{"method": "x"')
+    write_manifest(folder)
     with pytest.raises(ValueError, match='plan.json is not a pruning plan'): load_pruned(folder, device='cpu')
 
 
