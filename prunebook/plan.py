@@ -121,8 +121,10 @@ def write_atomic(
     content, # its new text, or a function that writes the file it is given
 ):
     "Write a file so that a reader sees the old content or the new, never a part."
+    from prunebook.models import sweep_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_file(path)
     tmp = path.with_name(f'.{path.name}-{os.getpid()}')
     try:
         if callable(content): content(tmp)
