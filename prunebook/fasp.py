@@ -51,11 +51,12 @@ class FASP(Method):
     towards: str = 'weights' # what the ridge pulls to: `weights` or `zero`
     batch_size: int = 8 # windows in a forward pass
     device: str = None # visit this device block by block; by default blocks stay where they are
+    spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
 
     def work(self, model, tokens, sparsity=.2): return fasp_work(model, tokens, self.units)
 
     def run(self, model, windows, sparsity):
-        table = {(c.layer, c.kind == 'mlp_channel'): c for c in couplings(model, self.units)}
+        table = {(c.layer, c.kind == 'mlp_channel'): c for c in self.table(model)}
         steps = uniform_steps(list(table.values()), sparsity, n_parameters(decoder_linears(model).values()))
         kept, scores = {}, {}
         for stage in walk(model, windows, self.batch_size, self.device, desc='FASP'):

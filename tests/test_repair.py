@@ -154,7 +154,10 @@ def test_dead_inputs(damp):
 def test_only_dead_inputs_left():
     C = torch.zeros(4, 4)
     C[0, 0] = 1
-    with pytest.raises(ValueError, match='no finite, non-zero input'): restore_columns(torch.ones(2, 4), C, torch.tensor([1, 2]))
+    W = torch.arange(8.).view(2, 4)
+    assert torch.equal(restore_columns(W, C, torch.tensor([1, 2])), W[:, 1:3])                # nothing is known of them: the old weights
+    assert torch.equal(restore_columns(W, C, torch.tensor([1, 2]), towards='zero'), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match='no finite, non-zero input'): ridge_solve(torch.zeros(3, 3), torch.ones(3, 1))   # but that is a contradiction
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
