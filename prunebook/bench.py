@@ -171,7 +171,8 @@ def _check_cell(where, c):
     if not (_is_number(c.sparsity, (int, float), most=1) and c.sparsity):
         raise ValueError(f'{where} has sparsity {c.sparsity!r}; it is a fraction between 0 and 1, for example 0.2.')
     if not _is_number(c.seed): raise ValueError(f'{where} has seed {c.seed!r}; it is a whole number, at least 0.')
-    c.built()
+    try: c.built()
+    except ValueError as e: raise ValueError(f'{where}: {e}') from e
 
 def _cells(path, grid, label, m):
     "The cells of one method of a grid."

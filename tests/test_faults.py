@@ -167,10 +167,10 @@ def test_signals(stage, number, code, word, models, tmp_path, monkeypatch, capsy
         assert main(prune(models/'dense', tmp_path/'new')) == code
         said = capsys.readouterr().err.splitlines()[-1]
         assert word in said and f'nothing was left at {tmp_path/"new"}' in said
-        before = os.stat(old)
+        before = cli._mark(old)
         assert main(prune(models/'dense', old, '--force')) == code
         assert f'{old} is as it was' in capsys.readouterr().err
-    assert os.stat(old) == before and verify(old) == [] and [n for n in names(tmp_path) if n != 'home'] == ['old']
+    assert cli._mark(old) == before and verify(old) == [] and [n for n in names(tmp_path) if n != 'home'] == ['old']
     assert signal.getsignal(number) == handler
 
 
@@ -523,7 +523,7 @@ def test_grids_of_wrong_types(grid, tmp_path, capsys):
         for value in [*JUNK, float('nan'), {5: 5}, {'': {}}, {'a/b': {}}, {None: None}, '\x00']:
             grid.write_text(yaml.safe_dump(replaced(good, path, value)))
             try: assert all(json.dumps(c.name) for c in read_grid(grid).values())
-            except ValueError as e: refused += 1; assert str(grid) in str(e) or 'method' in str(e) or 'settings' in str(e) or 'fasp' in str(e), (path, value, e)
+            except ValueError as e: refused += 1; assert str(grid) in str(e), (path, value, e)
     assert refused > 250
     for content in (b'\xff\xfe', b'\x00', b'['*10**4, b'a: *b', b'? [1]\n: 2'):
         grid.write_bytes(content)
