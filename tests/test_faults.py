@@ -361,7 +361,7 @@ def config_of(folder, name='config.json', **changes):
 
 def trapped(kind, folder, models, tokenizer, sprung):
     "A folder with code that touches the file `sprung` when it is run."
-    source = f'open({str(sprung)!r}, "w")\nfrom transformers import *\nclass Trap(LlamaForCausalLM): pass\nclass TrapConfig(LlamaConfig): model_type = "trap"\nclass TrapTokenizer(PreTrainedTokenizerFast): pass\n'
+    source = f'open({str(sprung)!r}, "w")\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\nclass TrapConfig(LlamaConfig): model_type = "trap"\nclass Trap(LlamaForCausalLM): config_class = TrapConfig\nclass TrapTokenizer(PreTrainedTokenizerFast): pass\n'
     if kind == 'ours': pruned_with_file(models, folder, tokenizer)
     else: shutil.copytree(models/'dense', folder)
     (folder/('modeling_pruned.py' if kind == 'ours' else 'trap.py')).write_text(source)
@@ -403,7 +403,7 @@ def test_no_code_runs_unasked(kind, models, tmp_path, tiny_tokenizer, modules, g
     try: bench(grid, tmp_path/'out', run=in_process)
     except (ValueError, OSError): pass
     assert not sprung.exists()
-    main([*commands[0], '--trust-remote-code'])
+    assert main([*commands[1], '--trust-remote-code']) == (2 if kind in ('tokenizer', 'pickle') else 0)
     assert sprung.exists() == (kind in ('foreign', 'known type'))
 
 
