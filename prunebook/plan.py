@@ -128,7 +128,7 @@ def tensor_sums(
     words = F.pad(flat, (0, -len(flat) % 4)).view(torch.int64)
     factors = torch.arange(1, 2*min(size, len(words)), 2, device=words.device)*-7046029254386353131
     factors = (factors ^ (factors >> 32))*-7046029254386353131 | 1     # well mixed, and odd
-    return torch.stack([(part*factors[:len(part)]).sum() for part in words.split(size)]).tolist()
+    return torch.stack([(part*factors[:len(part)]).sum() for part in words.split(size)]).cpu().tolist()
 
 def settings_of(
     config, # configuration of a model
