@@ -13,8 +13,8 @@ from typing import get_args
 import torch
 from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, couplings, family_of, slice_units, weight_of
-from .models import blocks, check_finite, decoder_linears, n_parameters
-from .plan import PrunePlan, check_sparsity, check_type, check_writable, model_fingerprint, uniform_steps, keep_after
+from .models import blocks, check_finite, check_writable, decoder_linears, n_parameters
+from .plan import PrunePlan, check_sparsity, check_type, model_fingerprint, uniform_steps, keep_after
 from .text import self_generated
 
 # %% ../nbs/06_methods.ipynb #d00r0302
@@ -86,7 +86,9 @@ class Method:
         for n in ('device', 'store'):
             if (v := getattr(self, n, None)) is not None: check_device(n, v)
         for n in ('log', 'state'):
-            if (v := getattr(self, n, None)) is not None: check_writable(v)
+            if (v := getattr(self, n, None)) is not None:
+                try: check_writable(v)
+                except OSError as e: raise ValueError(f'{n}: {e}') from e
 
     def table(self,
         model, # a causal language model

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'LABELS', 'WIDTHS', 'check_numbers', 'bundles', 'keep_after', 'check_sparsity', 'uniform_steps',
-           'global_steps', 'tensor_sums', 'settings_of', 'model_fingerprint', 'write_atomic', 'check_type',
-           'check_writable', 'PrunePlan', 'check_plan']
+           'global_steps', 'tensor_sums', 'settings_of', 'model_fingerprint', 'write_atomic', 'check_type', 'PrunePlan',
+           'check_plan']
 
 # %% ../nbs/04_plan.ipynb #a59194ab
-import hashlib, json, math, os, tempfile
+import hashlib, json, math, os
 from dataclasses import MISSING, dataclass, field, fields, asdict
 from pathlib import Path
 import torch
@@ -166,8 +166,10 @@ def write_atomic(
     content, # its new text, or a function that writes the file it is given
 ):
     "Write a file so that a reader sees the old content or the new, never a part."
+    from prunebook.models import sweep_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_file(path)
     tmp = path.with_name(f'.{path.name}-{os.getpid()}')
     try:
         if callable(content): content(tmp)
@@ -188,20 +190,6 @@ def check_type(
     except TypeError as e:
         while e.__cause__: e = e.__cause__                 # the innermost part
         raise TypeError(str(e)) from None
-
-# %% ../nbs/04_plan.ipynb #d00r0006
-def check_writable(
-    path, # file that will be written
-):
-    "Raises `ValueError` if a file cannot be written there. Leaves nothing behind."
-    path = Path(path)
-    try:
-        if path.is_dir(): raise OSError('it is a folder')
-        place = next(p for p in path.absolute().parents if p.exists())
-        if not place.is_dir(): raise OSError(f'{place} is not a folder')
-        if path.exists() and not os.access(path, os.W_OK): raise OSError('the file is read-only')
-        with tempfile.NamedTemporaryFile(dir=place, prefix='.prunebook-'): pass
-    except OSError as e: raise ValueError(f'{path} cannot be written ({e.strerror or e}); name another file.') from e
 
 # %% ../nbs/04_plan.ipynb #de23b97c
 @dataclass

@@ -165,7 +165,9 @@ def save_state(
     "Write the decoder's weights and some values so that a reader sees the old file or the new."
     prefix = blocks(model)[0] + '.'
     weights = {n: t for n, t in model.state_dict().items() if n.startswith(prefix)}
-    write_atomic(path, lambda file: torch.save(dict(key=key, weights=weights, **content), file))
+    def write(file):
+        with open(file, 'wb') as f: torch.save(dict(key=key, weights=weights, **content), f)          # by name it refuses some names
+    write_atomic(path, write)
 
 # %% ../nbs/52_surgeon.ipynb #e89de7f8
 def load_state(
