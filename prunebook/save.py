@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['MODELING', 'PARTS', 'narrow_config', 'stock_class', 'fits_stock_class', 'layout', 'give_layout', 'upgraded',
-           'pruned_class', 'modeling_source', 'save_pruned', 'saved_config', 'name_classes', 'load_pruned']
+           'check_loaded', 'pruned_class', 'modeling_source', 'save_pruned', 'saved_config', 'name_classes',
+           'load_pruned']
 
 # %% ../nbs/60_save.ipynb #b32237e6
-import copy, inspect, json, os, secrets, tempfile
+import copy, functools, inspect, json, os, secrets, tempfile
 from pathlib import Path
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from .couplings import FullHeads, NarrowValues, _empty_narrow, anatomy, family_of, narrow_class, narrow_values
-from .couplings import pad_heads, unpad_heads, unwrapped, weight_of
+from .couplings import anatomy, family_of, narrow_values, unwrapped, weight_of
+from .couplings import FullHeads, NarrowValues, _empty_narrow, narrow_class, pad_heads, unpad_heads   # parts of the modelling file
 from .evaluate import weight_bytes
-from .load import load_ours
-from .models import MANIFEST, atomic_folder, cache_dir, check_keys, decoder_linears, default_device, leftovers, readable, reserved, write_manifest
+from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan, write_atomic
 
 # %% ../nbs/60_save.ipynb #ae59cf68
@@ -90,6 +90,17 @@ def upgraded(
         linears[name] = ['Linear' if sizes else kind, inputs, outputs, bias]
     return dict(linears=linears, attributes=layout['attributes'], values=values)
 
+# %% ../nbs/60_save.ipynb #6da18c64
+def check_loaded(
+    info, # what `from_pretrained(..., output_loading_info=True)` says about the load
+):
+    "Raises `ValueError` if a tensor is missing, is one too many or has another shape."
+    wrong = []
+    for kind in ('missing', 'unexpected', 'mismatched'):
+        keys = sorted(str(k) for k in info[f'{kind}_keys'])
+        if keys: wrong.append(f'{kind}: {", ".join(keys[:3])}' + (f' and {len(keys) - 3} more' if len(keys) > 3 else ''))
+    if wrong: raise ValueError(f'The saved weights are not those of this model ({"; ".join(wrong)}); fetch or save it again.')
+
 # %% ../nbs/60_save.ipynb #2fc58906
 def pruned_class(
     stock, # a class of `transformers`
@@ -103,7 +114,7 @@ def pruned_class(
         @classmethod
         def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            check_keys(info)
+            check_loaded(info)
             return (model, info) if output_loading_info else model
 
     Pruned.__name__ = Pruned.__qualname__ = f'Pruned{stock.__name__}'
@@ -124,7 +135,8 @@ Pruned{base} = pruned_class({base})
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
 # %% ../nbs/60_save.ipynb #2428fb79
-PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values, give_layout, check_keys, pruned_class) # what it holds
+PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values,
+         give_layout, check_loaded, pruned_class) # what it holds
 
 def modeling_source(
     model, # a pruned causal language model
@@ -207,7 +219,7 @@ def _write_model(model, folder):
     model = unwrapped(model)
     stock, old = fits_stock_class(model), model.config
     model.config = saved_config(model, stock)
-    try: model.save_pretrained(folder, save_original_format=stock)                           # transformers renames tensors back for its own classes only
+    try: model.save_pretrained(folder, save_original_format=stock)       # loaders rename tensors back for stock classes only
     finally: model.config = old
     name_classes(folder, model, stock)
 
@@ -220,6 +232,7 @@ def load_pruned(
 ):
     "Model, tokenizer and plan of a saved folder (the last two None if absent). Raises `ValueError` for a folder that is damaged or not ours."
     from transformers import AutoTokenizer
+    from prunebook.load import load_ours
     folder = Path(folder)
     if not (folder/MANIFEST).exists(): raise ValueError(f'{folder} is not a folder of save_pruned: it has no {MANIFEST}.')
     with readable(folder):

@@ -139,7 +139,8 @@ def test_a_folder_cannot_send_us_elsewhere(saved):
     lambda c: c['pruned']['linears'].update({'model.layers.0.mlp.up_proj': ['Linear', 24, 24, 'print']}), lambda c: c['pruned']['linears'].update({'model.layers.0.mlp.up_proj': None}),
     lambda c: c['pruned']['linears'].update({'model.layers.0.mlp.up_proj': ['Linear', 24, 24, True]}), lambda c: c['pruned']['attributes'].update({'model': dict(forward=1)}),
     lambda c: c['pruned']['attributes'].update({'model.layers.0.self_attn': dict(num_key_value_groups='3')}), lambda c: c['pruned']['attributes'].update({'nowhere': dict(a=1)}),
-    lambda c: c.update(pruned=None), lambda c: c.update(pruned=[]), lambda c: c.update(pruned={}), lambda c: c.update(architectures=['PrunedGPT2LMHeadModel']),
+    lambda c: c['pruned']['values']['model.layers.0.self_attn'].update(first='forward'), lambda c: c['pruned']['values']['model.layers.0.self_attn'].update(head_dim='8'),
+    lambda c: c['pruned']['values'].update({'nowhere': {}}), lambda c: c['pruned']['values']['model.layers.0.self_attn'].update(more=1), lambda c: c.update(pruned=None), lambda c: c.update(pruned=[]), lambda c: c.update(pruned={}), lambda c: c.update(architectures=['PrunedGPT2LMHeadModel']),
     lambda c: c.update(architectures=['PrunedPreTrainedModel']), lambda c: c.update(architectures='Llama'), lambda c: c.update(architectures=None), lambda c: c.update(architectures=['os.system']),
     lambda c: c.update(model_type='gpt2'), lambda c: c.update(model_type=None)])
 def test_a_layout_is_data_that_is_checked(saved, change):
@@ -168,10 +169,10 @@ def test_missing_tensors_are_refused(saved, kind, lost):
     change_weights(folder, lambda s: s.pop(lost))
     write_manifest(folder)
     for load in (load_pruned, load_model):
-        with pytest.raises(ValueError, match=f'lack {lost}'): load(folder)
+        with pytest.raises(ValueError, match=f'missing: {lost}'): load(folder)
     if kind == 'stock':                                    # as any other folder
         (folder/MANIFEST).unlink()
-        with pytest.raises(ValueError, match=f'lack {lost}'): load_model(folder)
+        with pytest.raises(ValueError, match=f'missing: {lost}'): load_model(folder)
 
 
 @both_kinds
@@ -180,7 +181,7 @@ def test_tensors_without_a_place_are_refused(saved, kind):
     change_weights(folder, lambda s: s.update(stranger=torch.zeros(2)))
     write_manifest(folder)
     for load in (load_pruned, load_model):
-        with pytest.raises(ValueError, match='hold stranger'): load(folder)
+        with pytest.raises(ValueError, match='unexpected: stranger'): load(folder)
 
 
 @pytest.mark.parametrize('family', TINY)
