@@ -88,8 +88,8 @@ def pruned_class(
     def __init__(self, config):
         stock.__init__(self, config)
         apply_layout(self, config.pruned)
-    stock_names = classmethod(lambda cls: False)           # tensors are called in files as those of the stock class are
-    return type(f'Pruned{stock.__name__}', (stock,), dict(__init__=__init__, __module__=__name__, is_custom_code=stock_names, is_remote_code=stock_names))
+    no = classmethod(lambda cls: False)                    # with this name, transformers renames tensors as it does for the stock class
+    return type(stock.__name__, (stock,), dict(__init__=__init__, __module__=__name__, is_custom_code=no, is_remote_code=no))
 
 # %% ../nbs/58_load.ipynb #4e079217
 DROPPED = ('auto_map', 'attn_implementation', '_attn_implementation', 'experts_implementation', 'fusion_config', 'transformers_weights',

@@ -4,9 +4,11 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from prunebook import models as models_module, save as save_module
 from prunebook.couplings import PaddedValue, UnpaddedOutput, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.methods import prune
-from prunebook.models import MANIFEST, TINY, is_complete, load_model, verify, write_manifest
+from prunebook.models import MANIFEST, TINY, is_complete, load_model, reserved_folder, verify, write_manifest
 from prunebook.save import fits_stock_class, load_pruned, modeling_source, narrow_config, save_pruned, stock_class
 from prunebook.text import Windows
 
@@ -287,6 +289,87 @@ def test_no_room_is_seen_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(save_module, '_write_model', lambda *a: pytest.fail('work was begun'))
     with pytest.raises(OSError, match='MiB left and the model needs'): save_pruned(tiny_model('opt'), None, tmp_path/'deep'/'target')
     assert list(tmp_path.iterdir()) == []
+
+
+def fails_once(m, error):
+    "Make the first `save_pretrained` fail, and the next ones work."
+    def save_pretrained(folder, *args, **kw):
+        del m.save_pretrained
+        (Path(folder)/'model.safetensors').write_bytes(b'x'*100)
+        raise error
+    m.save_pretrained = save_pretrained
+    return m
+
+
+def kept_in(message): return Path(re.search(r'The model is kept in (\S+)\.$', message)[1])
+
+
+@pytest.mark.parametrize('cache', ['works', 'fails'])
+@pytest.mark.parametrize('old', [False, True], ids=['new', 'overwrite'])
+@pytest.mark.parametrize('error', [full(), RuntimeError('odd')])
+def test_a_model_that_cannot_be_saved_is_kept_elsewhere(error, old, cache, tmp_path, tmp_path_factory, home, tiny_tokenizer, monkeypatch):
+    "With plan and tokenizer, and the message says where."
+    if cache == 'fails': home.write_text('a file')
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path_factory.mktemp('temporary')))
+    m, out = tiny_model('llama'), tmp_path/'out'/'target'
+    if old: save_pruned(m, None, out)
+    small, plan = prune(m, Windows(IDS, 'random'), FASP(), .2)
+    with pytest.raises(OSError) as e: save_pruned(fails_once(small, error), plan, out, tiny_tokenizer, overwrite=old)
+    assert f'Could not save to {out}: ' in str(e.value) and ('What was there is unchanged' if old else 'Nothing was left there') in str(e.value)
+    assert [p.name for p in (tmp_path/'out').glob('*')] == (['target'] if old else [])
+    kept = kept_in(str(e.value))
+    assert (kept.parent == home/'rescued') == (cache == 'works') and verify(kept) == []
+    again, tokenizer, read = load_pruned(kept, device='cpu')
+    assert read == plan and tokenizer is not None and torch.equal(logits(again), logits(small))
+
+
+def test_what_is_reserved_has_been_worked_for(tmp_path, home, monkeypatch):
+    "Before the work an error is enough; after it the model is kept."
+    m, out = tiny_model('llama'), tmp_path/'target'
+    (tmp_path/'target').write_text('a file')
+    with pytest.raises(FileExistsError): save_pruned(m, None, out, overwrite=True)
+    assert not home.exists()
+    out.unlink()
+    with reserved_folder(out, overwrite=True):
+        out.mkdir()
+        (out/'thesis.tex').write_text('meanwhile')
+        with pytest.raises(OSError, match='thesis.tex.*What was there is unchanged') as e: save_pruned(m, None, out, overwrite=True)
+    assert torch.equal(logits(load_pruned(kept_in(str(e.value)), device='cpu')[0]), logits(m)) and [p.name for p in out.iterdir()] == ['thesis.tex']
+
+
+def no_plot(folder): raise ValueError('no plot')
+
+
+def test_a_report_that_fails_does_not_lose_the_model(tmp_path, home):
+    m = tiny_model('llama')
+    with pytest.raises(OSError, match='no plot.*Nothing was left') as e: save_pruned(m, None, tmp_path/'target', add=no_plot)
+    assert torch.equal(logits(load_pruned(kept_in(str(e.value)), device='cpu')[0]), logits(m))
+    folder = save_pruned(m, None, tmp_path/'target', add=lambda folder: (folder/'report.md').write_text('good'))
+    assert (folder/'report.md').read_text() == 'good' and verify(folder) == []
+    save_pruned(m, None, folder, overwrite=True)
+    assert not (folder/'report.md').exists()
+
+
+def test_left_overs_are_named(tmp_path, home, monkeypatch):
+    "Where the rest cannot be removed, it is not said that nothing was left."
+    monkeypatch.setattr(models_module.shutil, 'rmtree', lambda *a, **kw: None)
+    with pytest.raises(OSError) as e: save_pruned(breaks_with(tiny_model('llama'), full()), None, tmp_path/'target')
+    assert 'Nothing was left' not in str(e.value) and re.search(r'target-partial-\w{8} was left and can be deleted', str(e.value))
+
+
+def test_the_model_that_was_read_is_never_replaced(tmp_path, tiny_tokenizer):
+    old = saved_before(tmp_path)
+    m = load_pruned(tmp_path/'target', device='cpu')[0]
+    with pytest.raises(FileExistsError, match='the model that is read'): save_pruned(m, None, tmp_path/'target', overwrite=True)
+    assert still_there(tmp_path, old)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no permissions')
+def test_all_files_are_readable_alike(tmp_path, tiny_tokenizer):
+    old = os.umask(0o022)
+    try: folder = save_pruned(VARIANTS['values'](tiny_model('llama')), None, tmp_path/'target', tiny_tokenizer)
+    finally: os.umask(old)
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o644}
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), SystemExit(143), RuntimeError('odd'), MemoryError()])
