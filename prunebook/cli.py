@@ -143,6 +143,7 @@ def cmd_prune(
 ):
     "Make a smaller model and save it with its plan (and, with --report, a report and its plot)."
     if out is None: raise ValueError('Name the folder to make with --out.')
+    if not 0 <= sparsity < 1: raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
     method = _method(method, settings)
     with _place(out, model, sparsity, device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust_remote_code)
@@ -173,6 +174,7 @@ def _place(out, model, sparsity, device, dtype, force):
         return
     from prunebook.models import reserved_folder
     before = _mark(out)
+    if os.path.lexists(out) and not force: raise FileExistsError(f'{out} exists already; choose another folder, or add --force if it is one of ours.')
     try:
         with reserved_folder(out, needed_bytes(model, sparsity, _dtype(dtype, device).itemsize), force, model): yield
     except KeyboardInterrupt as e: raise type(e)(_left(out, before)) from None
@@ -257,7 +259,7 @@ def _finish(model, tokenizer, plan, out, force, as_json, r):
     report = (lambda folder: _report(folder, plan, record, r['before'], r['after'])) if r['before'] else None
     save_pruned(model, plan, out, tokenizer, force, report)
     if as_json: return strict_json(record)
-    table = (Path(out)/'report.md').read_text(encoding='utf-8').rstrip() if report else repr(plan)
+    table = (Path(out)/'report.md').read_text(encoding='utf-8') if report else repr(plan)
     return '\n'.join([table, *_words(Path(out), record, r)])
 
 def _words(out, record, r):
