@@ -229,7 +229,7 @@ def check_streams(
 ):
     "Raises `ValueError` for a method that needs the whole model."
     if not isinstance(method, StreamMethod) or type(method).run is not StreamMethod.run:
-        raise ValueError(f'{method.name} looks at the whole model and cannot be streamed; fasp, wanda_sp, magnitude and random can.')
+        raise ValueError(f'{method.name} looks at the whole model and cannot be streamed; prune it in memory, or choose another method, for example fasp.')
 
 def _stream_into(folder, work, calibration, method, sparsity, dtype):
     "Prune a checkpoint into files of `work`; its source and the plan."

@@ -2,6 +2,7 @@
 
 Changed since: GPT-2 keeps its transposed layers where its values are narrow, which were plain linears at version 0.1; so the same weights lie
 the other way round, and their product with the random direction is another one (three cases; units and norms are equal).
+A plan of FASP also lists couplings that lose nothing, as those of other methods did (`fasp-groups`; weights are equal).
 
 `python tests/test_parity.py` writes the fixture anew, from the package as it is.
 """
