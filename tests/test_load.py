@@ -199,6 +199,22 @@ def test_any_folder_of_transformers_loads(family, tmp_path, tiny_tokenizer):
     assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_folders_of_version_0_1_load(saved, family):
+    "Its narrow values were linears of two kinds of their own, its manifest held sizes."
+    folder, m = saved('layout', family)
+    config = json.loads((folder/'config.json').read_text())
+    new = config['pruned']
+    for attention, v in new.pop('values').items():
+        lead = [v['lead']] if v['lead'] else []
+        for part, kind, extra in (('first', 'PaddedValue', lead), ('second', 'UnpaddedOutput', [])):
+            new['linears'][f'{attention}.{v[part]}'] = [kind, *new['linears'][f'{attention}.{v[part]}'][1:], v['head_dim'], v['value_dim'], *extra]
+    edit(folder/'config.json', pruned=new)
+    write_manifest(folder)
+    (folder/MANIFEST).write_text(json.dumps({n: v['size'] for n, v in json.loads((folder/MANIFEST).read_text()).items()}))
+    assert torch.equal(logits(load_pruned(folder, device='cpu')[0]), logits(m))
+
+
 def test_weights_in_several_files(tmp_path, tiny_tokenizer):
     m = narrow('llama')
     whole = save_pruned(m, None, tmp_path/'whole')
