@@ -10,9 +10,13 @@ from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook import plan as plan_module
 from prunebook.couplings import Coupling, check_kept, couplings, slice_units
+from prunebook.methods import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
-from transformers import AutoModelForCausalLM
-from prunebook.plan import PrunePlan, bundles, check_sparsity, global_steps, keep_after, model_fingerprint, tensor_sums, uniform_steps, write_atomic
+from prunebook.plan import PrunePlan, bundles, check_sparsity, check_writable, global_steps, keep_after, model_fingerprint, tensor_sums, uniform_steps, write_atomic
+from prunebook.save import load_pruned, save_pruned
+from prunebook.scores import Random
+from prunebook.text import random_tokens
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -395,6 +399,18 @@ def test_fingerprint_survives_saving(family, tmp_path):
     m = tiny_model(family)
     m.save_pretrained(tmp_path)
     assert model_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) == model_fingerprint(m)
+    for units in ('mlp_channel', 'value_channel' if family == 'gemma' else 'kv_group'):       # pruned: in memory, the configuration has the old widths
+        small, _ = prune(m, random_tokens(m, 2, 8), Random(units=(units,)), .2)
+        save_pruned(small, None, tmp_path/units)
+        assert model_fingerprint(load_pruned(tmp_path/units, 'cpu')[0]) == model_fingerprint(small) != model_fingerprint(m)
+
+
+def test_fingerprint_sees_how_rows_are_heads():
+    "The same tensors, cut into heads otherwise."
+    few = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)).eval()
+    many = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)).eval()
+    many.load_state_dict(few.state_dict())
+    assert model_fingerprint(few) != model_fingerprint(many)
 
 
 @pytest.mark.parametrize('family', TINY)
@@ -421,6 +437,14 @@ def test_sums_of_a_tensor_see_one_change_anywhere(n, seed, size):
     y[int(torch.randint(n, (1,), generator=gen))] += 1
     assert tensor_sums(x, size) == tensor_sums(x.bfloat16(), size) == tensor_sums(x.bfloat16().half(), size) != tensor_sums(y, size)
     assert tensor_sums(torch.stack([x, y], 1)[:, 0], size) == tensor_sums(x, size)         # whatever its strides
+
+
+@pytest.mark.parametrize('path, words', [('.', 'it is a folder'), ('file/log.json', 'is not a folder'), ('x'*300, 'too long')])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, path, words):
+    (tmp_path/'file').write_text('old')
+    with pytest.raises(ValueError, match=f'cannot be written .*{words}.*; name another file'): check_writable(tmp_path/path)
+    check_writable(tmp_path/'new'/'er'/'log.json'); check_writable(tmp_path/'file')
+    assert only(tmp_path, 'file', 'old')
 
 
 def test_a_plan_with_wrong_units_changes_nothing():
