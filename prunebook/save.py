@@ -146,14 +146,14 @@ def _write_model(model, folder):
     finally: model.config = old
     name = stock_class(model).__name__
     path = Path(folder)/'config.json'
-    cfg = json.loads(path.read_text())
+    cfg = json.loads(path.read_text(encoding='utf-8'))
     cfg['architectures'] = [name if stock else f'Pruned{name}']
     if stock: cfg.pop('auto_map', None)
     else: cfg['auto_map'] = {'AutoModelForCausalLM': f'modeling_pruned.Pruned{name}'}
-    path.write_text(json.dumps(cfg, indent=2))
+    path.write_text(json.dumps(cfg, indent=2), encoding='utf-8')
     source = Path(folder)/'modeling_pruned.py'
     if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
-    else: source.write_text(modeling_source(model))
+    else: source.write_text(modeling_source(model), encoding='utf-8')
 
 # %% ../nbs/60_save.ipynb #cafa571d
 def load_pruned(

@@ -90,8 +90,8 @@ def test_prune_gives_what_the_library_gives(folders, run, tmp_path):
     small, _, plan = load_pruned(tmp_path/'a', device='cpu')
     from prunebook.fasp import FASP
     from prunebook.models import load_model
-    model, _ = load_model(folders['dense'], 'cpu', torch.float32)
-    expected, p = methods.prune(model, text_module.random_tokens(model, 4, 32, 3), FASP(units=('value_channel', 'mlp_channel'), damp=.1), .2)
+    model, tokenizer = load_model(folders['dense'], 'cpu', torch.float32)
+    expected, p = methods.prune(model, text_module.load_windows('random', model, tokenizer, 4, 32, 3), FASP(units=('value_channel', 'mlp_channel'), damp=.1), .2)
     assert plan == p
     with torch.no_grad(): assert torch.equal(small(torch.arange(3, 30)[None]).logits, expected(torch.arange(3, 30)[None]).logits)
 
