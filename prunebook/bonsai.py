@@ -45,7 +45,7 @@ def _narrow_second(m, columns, real, select):
     def f(x):
         W = weight_of(m).index_select(1, columns)
         W[:, real:] = 0
-        if select: x = (m.inputs(x) if hasattr(m, 'inputs') else x).index_select(-1, columns)
+        if select: x = x.index_select(-1, columns)
         return F.linear(x, W, m.bias)
     return f
 

@@ -15,7 +15,7 @@ from torch import distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
-from .couplings import PaddedValue, anatomy, weight_of
+from .couplings import anatomy, weight_of
 from .models import decoder_linears
 from .plan import check_numbers
 from .repair import as_double
@@ -89,15 +89,8 @@ def curvature_bytes(
 # %% ../nbs/50_curvature.ipynb #3f805a3c
 def _inputs(module, x):
     "What the weight of a linear multiplies, a token a row, float32, with a column of ones for the bias."
-    x = (module.inputs(x) if hasattr(module, 'inputs') else x).detach().flatten(0, -2).float()
+    x = x.detach().flatten(0, -2).float()
     return x if module.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)            # (tokens, in [+ 1])
-
-def _output_gradients(module, g):
-    "The gradient at what the weight of a linear gives, a token a row."
-    if isinstance(module, PaddedValue):                    # drop what was padded
-        values = g[..., module.lead:].unflatten(-1, (-1, module.head_dim))[..., :module.value_dim].flatten(-2)
-        g = torch.cat([g[..., :module.lead], values], -1)
-    return g.detach().flatten(0, -2)                       # (tokens, out)
 
 # %% ../nbs/50_curvature.ipynb #bef516a6
 @contextmanager
@@ -107,7 +100,7 @@ def _listening(model, leaders, add):
     def hook(name, leads):
         def listen(module, args, y):
             if leads and not state['backward']: add('A', name, _inputs(module, args[0]))     # a recomputed forward pass brings nothing new
-            if y.requires_grad: y.register_hook(lambda g: add('G', name, _output_gradients(module, g)))
+            if y.requires_grad: y.register_hook(lambda g: add('G', name, g.detach().flatten(0, -2)))
         return listen
     for n, leader in leaders.items(): handles.append(model.get_submodule(n).register_forward_hook(hook(n, leader == n)))
     handles.append(model.get_input_embeddings().register_forward_hook(lambda m, args, y: y.requires_grad_()))

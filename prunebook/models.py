@@ -6,8 +6,7 @@
 __all__ = ['SMALL', 'MANIFEST', 'NEW', 'NOWHERE', 'TINY', 'blocks', 'decoder_linears', 'n_parameters', 'cache_dir', 'file_sha256',
            'write_manifest', 'read_manifest', 'damage', 'is_complete', 'verify', 'check_target', 'sweep_file',
            'check_writable', 'reserved', 'leftovers', 'reserved_folder', 'atomic_folder', 'small_model_folder',
-           'default_device', 'default_dtype', 'hub_answers', 'check_keys', 'readable', 'load_model', 'tiny_model',
-           'check_finite']
+           'default_device', 'default_dtype', 'hub_answers', 'readable', 'load_model', 'tiny_model', 'check_finite']
 
 # %% ../nbs/00_models.ipynb #47a49a64
 import ctypes, hashlib, json, os, re, secrets, shutil, subprocess, sys, tempfile, threading, time
@@ -429,16 +428,6 @@ def hub_answers(
     return bool(said)
 
 # %% ../nbs/00_models.ipynb #8d104f68
-def check_keys(
-    info, # what `from_pretrained(..., output_loading_info=True)` says
-    unexpected=True, # refuse tensors that the model does not have
-):
-    "Raises `ValueError` if tensors are missing in a checkpoint, or are left over."
-    few = lambda keys: ', '.join(sorted(keys)[:3]) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
-    missing, extra = info['missing_keys'], info['unexpected_keys'] if unexpected else ()
-    if missing: raise ValueError(f'its weights lack {few(missing)}, which would be random; save the model again')
-    if extra: raise ValueError(f'its weights hold {few(extra)}, for which the model has no place; save the model again')
-
 @contextmanager
 def readable(
     name, # what is read
@@ -477,6 +466,7 @@ def _load(path, dtype, trust, verify):
     "Model and tokenizer of a folder or hub id."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from prunebook.load import is_ours, load_ours
+    from prunebook.save import check_loaded
     path = _located(path)
     if os.path.isdir(path) and is_ours(path): return load_ours(path, dtype, verify), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     try:
@@ -488,7 +478,7 @@ def _load(path, dtype, trust, verify):
     except ValueError as e:
         if trust or 'trust_remote_code' not in str(e): raise
         raise ValueError('it brings code of its own; read it, and pass trust_remote_code=True if you trust it') from e
-    check_keys(info, unexpected=False)
+    check_loaded({**info, 'unexpected_keys': ()})          # some families leave tensors out on purpose
     if getattr(model.config, 'num_hidden_layers', 1) < 1: raise ValueError(f'its configuration has {model.config.num_hidden_layers} blocks')
     return model, tokenizer
 

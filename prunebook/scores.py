@@ -195,7 +195,7 @@ def _input_norms(linears, run):
     "Two-norm over all tokens of every input of some linears, while `run()` runs."
     squares = [torch.zeros(weight_of(l).shape[1], device=weight_of(l).device) for l in linears]
     def adder(total):
-        def add(l, args): total.add_((l.inputs(args[0]) if hasattr(l, 'inputs') else args[0]).flatten(0, -2).float().pow(2).sum(0))
+        def add(l, args): total.add_(args[0].flatten(0, -2).float().pow(2).sum(0))
         return add
     handles = [l.register_forward_pre_hook(adder(s)) for l, s in zip(linears, squares)]
     try: run()

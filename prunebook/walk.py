@@ -54,10 +54,10 @@ def record_calls(
 # %% ../nbs/05_walk.ipynb #4f99f392
 class _Stop(Exception): pass
 
-def _record_input(second, d, store):
-    "A stand-in for a second linear that keeps its input and returns zeros."
+def _record_input(d, store):
+    "A stand-in for a second linear that keeps its input and returns zeros, (..., d)."
     def f(x):
-        store.append(second.inputs(x) if hasattr(second, 'inputs') else x)
+        store.append(x)
         return x.new_zeros(*x.shape[:-1], d)
     return f
 
@@ -152,7 +152,7 @@ def _stages(model, b, states, run, firsts):
     if firsts: yield checked(Stage(b, 'attention', b.out, inputs(b.path(b.family.qkv[0]), lambda i: []), 'first'))
     X, handle = [], attention.register_forward_hook(stop)
     try:
-        for i in range(len(states)): run(i, [(out, _record_input(out, d, X))])
+        for i in range(len(states)): run(i, [(out, _record_input(d, X))])
     finally: handle.remove()
     stage = checked(Stage(b, 'attention', b.out, X))
     yield stage

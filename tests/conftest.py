@@ -32,6 +32,16 @@ def home(tmp_path, monkeypatch):
     return tmp_path/'home'
 
 
+@pytest.fixture(scope='module')
+def own_modules(tmp_path_factory):
+    "A place of our own for the copies that transformers makes of modelling files."
+    import sys
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path_factory.mktemp('modules')))
+        m.setattr(sys, 'path', list(sys.path))
+        yield
+
+
 @pytest.fixture
 def one_thread():
     "Tiny models are quickest on one thread."

@@ -1,13 +1,16 @@
 """Masking is the oracle of slicing, on every family, kind of unit and ratio of query to key-value heads."""
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 from helpers import tiny_model
-from prunebook.couplings import (KINDS, PaddedValue, UnpaddedOutput, anatomy, check_kept, couplings, family_of, masked, removed_columns, slice_units,
-                                 weight_of)
+from prunebook.couplings import (FAMILIES, KINDS, Family, NarrowValues, anatomy, check_kept, couplings, family_of, masked, removed_columns,
+                                 slice_units, unwrapped, weight_of)
 from prunebook.models import TINY, decoder_linears, n_parameters
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -143,7 +146,7 @@ def test_keeping_everything_changes_nothing(family):
     for kinds in pairs_of(dense):
         same = slice_units(copy.deepcopy(dense), random_kept(dense, kinds, share=1.))
         assert torch.equal(logits(same), logits(dense))
-        assert not any(isinstance(m, (PaddedValue, UnpaddedOutput)) for m in same.modules())
+        assert not any(isinstance(m, NarrowValues) for m in same.modules())
 
 
 @pytest.mark.parametrize('family', TINY)
@@ -358,7 +361,7 @@ def test_training_flag_is_kept(family, training):
     m = build(family).train(training)
     slice_units(m, random_kept(m, ('value_channel', 'mlp_channel')))
     assert {x.training for x in m.modules()} == {training}
-    assert any(isinstance(x, PaddedValue) for x in m.modules())
+    assert any(isinstance(x, NarrowValues) for x in m.modules())
 
 
 @pytest.mark.parametrize('family', TINY)
@@ -371,3 +374,123 @@ def test_linears_tell_their_size(family):
             assert (x.out_features, x.in_features) == (rows, columns) if hasattr(x, 'in_features') else (x.nf, x.nx) == (rows, columns), n
             assert x.bias is None or len(x.bias) == rows
             assert x.weight.is_contiguous() and x.weight.untyped_storage().nbytes() == x.weight.numel()*x.weight.element_size()   # memory is given back
+
+
+# ---- narrow values --------------------------------------------------------------------------------------------------
+
+def narrow(family, **kw): return slice_units(build(family, **kw), random_kept(build(family), 'value_channel'))
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_a_module_put_in_place_of_a_linear_is_called(family):
+    "As adapters and quantizers do it; what it gets and gives has the true sizes."
+    class Around(nn.Module):
+        def __init__(self, inner): super().__init__(); self.inner = inner
+        def forward(self, x):
+            sizes.append((x.shape[-1], (y := self.inner(x)).shape[-1]))
+            return y + 1
+    m, sizes = narrow(family), []
+    before = logits(m)
+    for b in anatomy(m):
+        for n in (b.path(b.family.qkv[-1]), b.out):
+            W = weight_of(m.get_submodule(n))
+            m.set_submodule(n, around := Around(m.get_submodule(n)))
+            assert not torch.equal(logits(m), before)
+            assert set(sizes) == {tuple(reversed(W.shape))}
+            sizes.clear()
+            m.set_submodule(n, around.inner)
+    assert torch.equal(logits(m), before)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'opt', 'phi'])
+def test_narrow_values_compile_without_a_break(family):
+    m = narrow(family)
+    ids = padded_batch()[0]
+    torch._dynamo.reset()
+    with torch.no_grad(): assert_close(torch.compile(m, backend='eager', fullgraph=True)(ids, use_cache=False).logits, m(ids).logits)
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_narrow_values_survive_copies_and_pickle(family):
+    m = narrow(family)
+    for again in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), pickle.loads(pickle.dumps(copy.deepcopy(m)))):
+        assert torch.equal(logits(again), logits(m)) and repr(again) == repr(m)
+        with torch.no_grad(): again.get_submodule(anatomy(again)[0].out).weight.zero_()
+        assert not torch.equal(logits(again), logits(m)), 'the copy still computes with tensors of the first'
+
+
+def test_attention_weights_of_narrow_values_can_be_asked_for():
+    m = narrow('llama', attn_implementation='eager')
+    assert [a.shape for a in m(padded_batch()[0], output_attentions=True).attentions] == [(3, 6, 14, 14)]*3
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_replicas_compute_with_their_own_tensors(family):
+    "What DataParallel does: shallow copies of modules, with other tensors."
+    m = narrow(family)
+    name = anatomy(m)[0].path(anatomy(m)[0].family.attention)
+    replica = m.get_submodule(name)._replicate_for_data_parallel()
+    out = anatomy(m)[0].out.removeprefix(name + '.')
+    replica._modules[out] = copy.deepcopy(replica._modules[out])
+    with torch.no_grad(): replica._modules[out].weight.zero_()
+    whole = logits(m)
+    m.set_submodule(name, replica)
+    assert not torch.equal(logits(m), whole)
+
+
+# ---- what an adapter cannot say -------------------------------------------------------------------------------------
+
+SIZES = dict(vocab_size=97, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def stranger(kind, **kw):
+    torch.manual_seed(0)
+    m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **kw)).float().eval()
+    with torch.no_grad():
+        for p in m.parameters(): p.normal_(0, .3)
+    return m
+
+
+@pytest.mark.parametrize('adapter,message', [(Family(qkv=('self_attn.qkv_proj',), mlp_firsts=('mlp.gate_up_proj',)), 'qkv_proj holds q, k and v of grouped queries'),
+                                             (Family(qkv=('self_attn.o_proj',)*3, mlp_firsts=('mlp.gate_up_proj',)), '74 rows for 37 channels')])
+def test_fused_groups_and_gates_are_refused(adapter, message, monkeypatch):
+    monkeypatch.setitem(FAMILIES, 'phi3', adapter)
+    m = stranger('phi3', num_key_value_heads=2)
+    for ask in (anatomy, lambda m: couplings(m, 'mlp_channel'), couplings):
+        with pytest.raises(ValueError, match=f"'phi3'.*{message}.*Llama"): ask(m)
+
+
+NEOX = Family('attention', ('attention.query_key_value',), 'attention.dense', ('mlp.dense_h_to_4h',), 'mlp.dense_4h_to_h', heads=(),
+              attributes=(('num_heads', lambda b: b.heads),))
+
+
+def test_interleaved_heads_stay_and_channels_go(monkeypatch):
+    monkeypatch.setitem(FAMILIES, 'gpt_neox', NEOX)
+    dense = stranger('gpt_neox')
+    assert {(b.heads, b.kv_heads, b.head_dim, b.value_dim) for b in anatomy(dense)} == {(6, 6, 4, 4)}
+    kept = random_kept(dense, 'mlp_channel')
+    with masked(dense, kept): expected = logits(dense)
+    assert_close(logits(slice_units(copy.deepcopy(dense), kept)), expected)
+    for kind in ('kv_group', 'value_channel'):
+        with pytest.raises(ValueError, match=f'query_key_value.*gpt_neox.*stacked.*{kind} cannot be cut'): couplings(dense, (kind, 'mlp_channel'))
+
+
+def test_linears_beside_attention_keep_their_value_channels(monkeypatch):
+    monkeypatch.setitem(FAMILIES, 'llama', Family(attention='self_attn.o_proj'))
+    with pytest.raises(ValueError, match='not directly in self_attn.o_proj'): couplings(build('llama'), 'value_channel')
+
+
+# ---- wrapped models -------------------------------------------------------------------------------------------------
+
+def test_unwrapped():
+    m = build('llama')
+    for wrapped in (m, torch.compile(m), nn.DataParallel(m), nn.DataParallel(torch.compile(m)), torch.compile(nn.DataParallel(m))): assert unwrapped(wrapped) is m
+    m.model.layers[1].mlp = torch.compile(m.model.layers[1].mlp)
+    with pytest.raises(ValueError, match='model.layers.1.mlp was compiled on its own'): unwrapped(m)
+
+
+def test_unwrapped_from_one_process_of_many(tmp_path):
+    import torch.distributed as dist
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try: assert unwrapped(nn.parallel.DistributedDataParallel(m := build('llama'))) is m
+    finally: dist.destroy_process_group()

@@ -26,7 +26,7 @@ def spd(n, seed=0): return (lambda x: x.T @ x/len(x))(torch.randn(3*n, n, dtype=
 
 
 def long_way(model, w):
-    "Factors from kept tensors, one window at a time, float64; padding of narrow value heads taken off by hand."
+    "Factors from kept tensors, one window at a time, float64."
     linears, seen = decoder_linears(model), {}
     sums = {n: [0, 0] for n in linears}
     handles = [m.register_forward_hook(lambda mod, a, y, n=n: (y.retain_grad(), seen.__setitem__(n, (a[0], y)))[1]) for n, m in linears.items()]
@@ -34,10 +34,6 @@ def long_way(model, w):
         F.cross_entropy(model(row[None, :-1]).logits[0], row[1:], reduction='sum').backward()
         for n, (a, y) in seen.items():
             m, a, g = linears[n], a.detach().flatten(0, -2), y.grad.flatten(0, -2)
-            if hasattr(m, 'value_dim'):
-                h, v, lead = m.head_dim, m.value_dim, getattr(m, 'lead', None)
-                if lead is None: a = torch.cat([a[:, k*h:k*h + v] for k in range(a.shape[1]//h)], 1)
-                else: g = torch.cat([g[:, :lead], *[g[:, k:k + v] for k in range(lead, g.shape[1], h)]], 1)
             if m.bias is not None: a = torch.cat([a, torch.ones(len(a), 1)], 1)
             a, g = a.double(), g.double()
             sums[n][0] = sums[n][0] + a.T @ a

@@ -139,7 +139,8 @@ def test_a_folder_cannot_send_us_elsewhere(saved):
     lambda c: c['pruned']['linears'].update({'model.layers.0.mlp.up_proj': ['Linear', 24, 24, 'print']}), lambda c: c['pruned']['linears'].update({'model.layers.0.mlp.up_proj': None}),
     lambda c: c['pruned']['linears'].update({'model.layers.0.mlp.up_proj': ['Linear', 24, 24, True]}), lambda c: c['pruned']['attributes'].update({'model': dict(forward=1)}),
     lambda c: c['pruned']['attributes'].update({'model.layers.0.self_attn': dict(num_key_value_groups='3')}), lambda c: c['pruned']['attributes'].update({'nowhere': dict(a=1)}),
-    lambda c: c.update(pruned=None), lambda c: c.update(pruned=[]), lambda c: c.update(pruned={}), lambda c: c.update(architectures=['PrunedGPT2LMHeadModel']),
+    lambda c: c['pruned']['values']['model.layers.0.self_attn'].update(first='forward'), lambda c: c['pruned']['values']['model.layers.0.self_attn'].update(head_dim='8'),
+    lambda c: c['pruned']['values'].update({'nowhere': {}}), lambda c: c['pruned']['values']['model.layers.0.self_attn'].update(more=1), lambda c: c.update(pruned=None), lambda c: c.update(pruned=[]), lambda c: c.update(pruned={}), lambda c: c.update(architectures=['PrunedGPT2LMHeadModel']),
     lambda c: c.update(architectures=['PrunedPreTrainedModel']), lambda c: c.update(architectures='Llama'), lambda c: c.update(architectures=None), lambda c: c.update(architectures=['os.system']),
     lambda c: c.update(model_type='gpt2'), lambda c: c.update(model_type=None)])
 def test_a_layout_is_data_that_is_checked(saved, change):
@@ -168,10 +169,10 @@ def test_missing_tensors_are_refused(saved, kind, lost):
     change_weights(folder, lambda s: s.pop(lost))
     write_manifest(folder)
     for load in (load_pruned, load_model):
-        with pytest.raises(ValueError, match=f'lack {lost}'): load(folder)
+        with pytest.raises(ValueError, match=f'missing: {lost}'): load(folder)
     if kind == 'stock':                                    # as any other folder
         (folder/MANIFEST).unlink()
-        with pytest.raises(ValueError, match=f'lack {lost}'): load_model(folder)
+        with pytest.raises(ValueError, match=f'missing: {lost}'): load_model(folder)
 
 
 @both_kinds
@@ -180,7 +181,7 @@ def test_tensors_without_a_place_are_refused(saved, kind):
     change_weights(folder, lambda s: s.update(stranger=torch.zeros(2)))
     write_manifest(folder)
     for load in (load_pruned, load_model):
-        with pytest.raises(ValueError, match='hold stranger'): load(folder)
+        with pytest.raises(ValueError, match='unexpected: stranger'): load(folder)
 
 
 @pytest.mark.parametrize('family', TINY)
@@ -196,6 +197,22 @@ def test_any_folder_of_transformers_loads(family, tmp_path, tiny_tokenizer):
     assert ours.config._name_or_path == str(tmp_path/'a')
     tied = m.config.tie_word_embeddings
     assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_folders_of_version_0_1_load(saved, family):
+    "Its narrow values were linears of two kinds of their own, its manifest held sizes."
+    folder, m = saved('layout', family)
+    config = json.loads((folder/'config.json').read_text())
+    new = config['pruned']
+    for attention, v in new.pop('values').items():
+        lead = [v['lead']] if v['lead'] else []
+        for part, kind, extra in (('first', 'PaddedValue', lead), ('second', 'UnpaddedOutput', [])):
+            new['linears'][f'{attention}.{v[part]}'] = [kind, *new['linears'][f'{attention}.{v[part]}'][1:], v['head_dim'], v['value_dim'], *extra]
+    edit(folder/'config.json', pruned=new)
+    write_manifest(folder)
+    (folder/MANIFEST).write_text(json.dumps({n: v['size'] for n, v in json.loads((folder/MANIFEST).read_text()).items()}))
+    assert torch.equal(logits(load_pruned(folder, device='cpu')[0]), logits(m))
 
 
 def test_weights_in_several_files(tmp_path, tiny_tokenizer):

@@ -18,7 +18,7 @@ from helpers import tiny_model
 from transformers import AutoModelForCausalLM
 
 from prunebook import models as models_module, save as save_module
-from prunebook.couplings import PaddedValue, UnpaddedOutput, anatomy, couplings, slice_units
+from prunebook.couplings import NarrowValues, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.methods import prune
 from prunebook.models import MANIFEST, TINY, is_complete, load_model, reserved_folder, verify, write_manifest
@@ -206,7 +206,7 @@ def test_loaded_bridges_are_recognised(tmp_path):
     "Classes from a modelling file are other classes than ours."
     save_pruned(VARIANTS['values'](tiny_model('llama')), None, tmp_path/'once')
     once = AutoModelForCausalLM.from_pretrained(tmp_path/'once', trust_remote_code=True)
-    assert not any(isinstance(m, (PaddedValue, UnpaddedOutput)) for m in once.modules())
+    assert not any(isinstance(m, NarrowValues) for m in once.modules())
     assert not fits_stock_class(once)
     linears = save_module.layout(once)['linears']
     assert linears == save_module.layout(VARIANTS['values'](tiny_model('llama')))['linears']

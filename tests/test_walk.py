@@ -22,7 +22,7 @@ def hooked(model, ids):
     "Inputs that the second linears really read in an ordinary forward pass, (tokens, columns)."
     seen, handles = {}, []
     def keep(name):
-        def f(module, args): seen[name] = (module.inputs(args[0]) if hasattr(module, 'inputs') else args[0]).flatten(0, -2)
+        def f(module, args): seen[name] = args[0].flatten(0, -2)
         return f
     for b in anatomy(model): handles += [model.get_submodule(n).register_forward_pre_hook(keep(n)) for n in (b.out, b.mlp_second)]
     with torch.no_grad(): model(ids)
