@@ -323,6 +323,8 @@ def narrow_values(
     "Let the family's own attention code run on narrow value heads."
     attention.narrow = dict(first=first, second=second, head_dim=head_dim, value_dim=value_dim, lead=lead)
     if not hasattr(attention, 'stock'): attention.__class__ = narrow_class(type(attention))
+    if '_old_forward' in vars(attention):                  # hooks of accelerate call what they have put aside
+        attention._old_forward = type(attention).forward.__get__(attention)
 
 # %% ../nbs/03_couplings.ipynb #cb950352
 @torch.no_grad()
