@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRID', 'ENTRIES', 'last_words', 'Quality', 'quality', 'paired_speed', 'Cell', 'read_grid', 'run_cell', 'finished',
-           'bench', 'one_cell', 'compare', 'recheck']
+           'Children', 'bench', 'one_cell', 'compare', 'recheck']
 
 # %% ../nbs/80_bench.ipynb #e28f5889
-import json, math, os, statistics, subprocess, sys, tempfile
+import json, math, re, statistics, subprocess, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import yaml
 from tqdm.auto import tqdm
-from .cli import result_record, timed, timed_forward
+from .cli import result_record, strict_json, timed, timed_forward
 from .evaluate import Perplexity, continuation, speed, weight_bytes, window_losses
 from .methods import as_method, configured, prune
-from .models import decoder_linears, load_model, n_parameters
+from .models import check_writable, decoder_linears, load_model, n_parameters
 from .plan import write_atomic
 from .save import save_pruned
 from .text import Windows, load_windows
@@ -106,37 +106,85 @@ class Cell:
         return configured(self.method, {**seed, **self.settings})
 
 # %% ../nbs/80_bench.ipynb #91a6ad66
+def _is_number(x, kind=int, least=0, most=2**63):
+    "Whether `x` is a number of this kind in [least, most); true and false are none."
+    return isinstance(x, kind) and not isinstance(x, bool) and least <= x < most
+
+def _check_windows(where, w):
+    "Raises `ValueError` unless `w` describes windows: text, n and seqlen."
+    if not isinstance(w, dict) or set(w) != {'text', 'n', 'seqlen'}: raise ValueError(f'{where} is {w!r}; windows have text, n and seqlen.')
+    if not isinstance(w['text'], str): raise ValueError(f'{where}: text is {w["text"]!r}; it is the name of a text or a file.')
+    for k, least in dict(n=1, seqlen=2).items():
+        if not _is_number(w[k], least=least): raise ValueError(f'{where}: {k} is {w[k]!r}; it is a whole number, at least {least}.')
+
+def _check_entries(where, found, known):
+    "Raises `ValueError` unless `found` is a dict with no other keys than `known`."
+    if not isinstance(found, dict): raise ValueError(f'{where} is {found!r}; it should be a table with {", ".join(known)}.')
+    if unknown := set(found) - {*known}:
+        raise ValueError(f'{where}: unknown entry {", ".join(sorted(map(str, unknown)))}; there are {", ".join(known)}.')
+
+# %% ../nbs/80_bench.ipynb #3706ef30
 GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list, seeds=list, methods=dict) # what a grid file must hold, and of which type
 ENTRIES = ('method', 'settings', 'sparsities', 'seeds', 'calibration') # what a method of a grid may have
+
+def _parsed(path):
+    "What a YAML file holds. Raises `ValueError` if it is no YAML."
+    try: return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise ValueError(f'{path} is not YAML ({str(e).splitlines()[0]}).') from e
+
+def _checked(path, grid):
+    "Raises `ValueError` for a value that a grid cannot have."
+    if not isinstance(grid, dict): raise ValueError(f'{path} is not a grid: it holds no settings.')
+    for k, kind in GRID.items():
+        if not (isinstance(grid.get(k), kind) and (grid[k] or k == 'methods')):
+            raise ValueError(f'{path}: {k} is {grid.get(k)!r}; a grid needs {", ".join(GRID)}, and this one is a {kind.__name__}.')
+    _check_entries(path, grid, [*GRID, 'speed'])
+    _check_windows(f'{path}: calibration', grid['calibration'])
+    for w in grid['evaluation']: _check_windows(f'{path}: evaluation', w)
+    if len({w['text'] for w in grid['evaluation']}) < len(grid['evaluation']): raise ValueError(f'{path}: evaluation names a text twice.')
+    if not _is_number(grid.get('speed', 0)): raise ValueError(f'{path}: speed is {grid["speed"]!r}; it is a number of pairs, 0 for none.')
+    return grid
 
 def read_grid(
     path, # YAML file
 ):
     "Cells by name, the dense model first. Raises `ValueError` for a file that is not a grid."
-    try: grid = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML ({str(e).splitlines()[0]}).') from e
-    if not isinstance(grid, dict): raise ValueError(f'{path} is not a grid: it holds no settings.')
-    for k, kind in GRID.items():
-        if not isinstance(grid.get(k), kind): raise ValueError(f'{path}: {k} is {grid.get(k)!r}; a grid needs {", ".join(GRID)}, and this one is a {kind.__name__}.')
-    if unknown := set(grid) - {*GRID, 'speed'}: raise ValueError(f'{path}: unknown entry {", ".join(sorted(unknown))}; a grid has {", ".join([*GRID, "speed"])}.')
-    for w in (grid['calibration'], *grid['evaluation']):
-        if set(w) != {'text', 'n', 'seqlen'}: raise ValueError(f'{path}: {w} should have text, n and seqlen.')
-    cells = [c for label, m in {'dense': {'method': 'dense'}, **grid['methods']}.items() for c in _cells(path, grid, label, m or {})]
-    if repeated := [c.name for i, c in enumerate(cells) if c.name in {d.name for d in cells[:i]}]: raise ValueError(f'{path}: {repeated[0]} is there twice.')
-    return {c.name: c for c in cells}
+    grid = _checked(path, _parsed(path))
+    methods = {'dense': {'method': 'dense'}, **grid['methods']}
+    cells = [c for label, m in methods.items() for c in _cells(path, grid, label, {} if m is None else m)]
+    names = [c.name for c in cells]
+    if repeated := [n for i, n in enumerate(names) if n in names[:i]]: raise ValueError(f'{path}: {repeated[0]} is there twice.')
+    return dict(zip(names, cells))
 
 # %% ../nbs/80_bench.ipynb #d815d97f
+def _check_method(where, label, m):
+    "Raises `ValueError` for an entry of one method that cannot be."
+    if not (isinstance(label, str) and re.fullmatch(r'\w[\w .+-]*', label)):
+        raise ValueError(f'{where}: a method is called by letters, digits, spaces and "._+-", because files are named after it; write another key.')
+    _check_entries(where, m, ENTRIES)
+    for k, kind in dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict).items():
+        if k in m and not isinstance(m[k], kind): raise ValueError(f'{where}: {k} is {m[k]!r}; it should be a {kind.__name__}.')
+    if wrong := [k for k in m.get('settings', {}) if not isinstance(k, str)]: raise ValueError(f'{where}: {wrong[0]!r} is not the name of a setting.')
+
+def _check_cell(where, c):
+    "Raises `ValueError` for a cell that cannot be measured."
+    if not (_is_number(c.sparsity, (int, float), most=1) and c.sparsity):
+        raise ValueError(f'{where} has sparsity {c.sparsity!r}; it is a fraction between 0 and 1, for example 0.2.')
+    if not _is_number(c.seed): raise ValueError(f'{where} has seed {c.seed!r}; it is a whole number, at least 0.')
+    try: c.built()
+    except ValueError as e: raise ValueError(f'{where}: {e}') from e
+
 def _cells(path, grid, label, m):
     "The cells of one method of a grid."
-    if unknown := set(m) - {*ENTRIES}: raise ValueError(f'{path}: {label} has an unknown entry {", ".join(sorted(unknown))}; there are {", ".join(ENTRIES)}.')
+    where = f'{path}: {label}'
+    _check_method(where, label, m)
     calibration = {**grid['calibration'], **m.get('calibration', {})}
-    if set(calibration) != {'text', 'n', 'seqlen'}: raise ValueError(f'{path}: {label} is calibrated on {calibration}; that should have text, n and seqlen.')
+    _check_windows(f'{where}: calibration', calibration)
     method, common = m.get('method', label), dict(model=grid['model'], calibration=calibration, evaluation=grid['evaluation'], speed=grid.get('speed', 5))
     if method == 'dense': return [Cell(label, method, {}, 0., 0, **common)]
-    cells = [Cell(label, method, m.get('settings', {}), s, seed, **common) for s in m.get('sparsities', grid['sparsities']) for seed in m.get('seeds', grid['seeds'])]
-    for c in cells:
-        if not 0 < c.sparsity < 1: raise ValueError(f'{path}: {label} has sparsity {c.sparsity}; it is a fraction between 0 and 1, for example 0.2.')
-        c.built()
+    crossed = [(s, seed) for s in m.get('sparsities', grid['sparsities']) for seed in m.get('seeds', grid['seeds'])]
+    cells = [Cell(label, method, m.get('settings', {}), s, seed, **common) for s, seed in crossed]
+    for c in cells: _check_cell(where, c)
     return cells
 
 # %% ../nbs/80_bench.ipynb #61e9d8ff
@@ -145,6 +193,7 @@ def _disk_bytes(model, plan):
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(model, plan, Path(folder)/'model')
         return sum(f.stat().st_size for f in (Path(folder)/'model').glob('*.safetensors'))
+
 
 
 # %% ../nbs/80_bench.ipynb #5bd83636
@@ -178,31 +227,68 @@ def finished(
     path = Path(out)/f'{cell.name}.json'
     if not path.exists(): return None
     try: found = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path} is not JSON ({e}); delete it.') from e
-    want = json.loads(json.dumps(asdict(cell)))
-    if other := [k for k in want if found.get('cell', {}).get(k) != want[k]]:
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not JSON ({e}); delete it.') from e
+    had, want = found.get('cell') if isinstance(found, dict) else None, json.loads(json.dumps(asdict(cell)))
+    if not isinstance(had, dict): raise ValueError(f'{path} is not the result of a cell; delete it or choose another folder.')
+    if other := [k for k in want if had.get(k) != want[k]]:
         raise ValueError(f'{path} was measured with another {" and ".join(other)}; delete it or choose another folder.')
     return found
 
-# %% ../nbs/80_bench.ipynb #6ade185e
+# %% ../nbs/80_bench.ipynb #69f88a82
+class Children:
+    "Context manager: runs command lines, several at once if asked; on leaving it, those that still run are ended."
+    def __init__(self): self.running, self.over, self.lock = [], False, threading.Lock()
+
+    def __enter__(self): return self
+
+    def run(self,
+        command, # list of words
+        **options, # of `subprocess.Popen`
+    ):
+        "Run a command to its end; a `CompletedProcess`. Raises `RuntimeError` if the context has been left."
+        with self.lock:
+            if self.over: raise RuntimeError('No more processes are started.')
+            p = subprocess.Popen(command, **options)
+            self.running.append(p)
+        out, err = p.communicate()
+        return subprocess.CompletedProcess(command, p.returncode, out, err)
+
+    def __exit__(self, *_):
+        with self.lock: self.over = True
+        for p in self.running: p.terminate()               # does nothing to one that has ended
+        for p in self.running:
+            try: p.wait(10)
+            except subprocess.TimeoutExpired: p.kill()
+
+# %% ../nbs/80_bench.ipynb #f67ca330
+_CELL = 'import sys; from prunebook.bench import one_cell; one_cell(*sys.argv[1:])'
+
+def _chosen(grid, only, jobs):
+    "The cells of a grid whose name fits a pattern. Raises `ValueError` if there is none."
+    if not _is_number(jobs, least=1): raise ValueError(f'jobs is {jobs!r}; it is a number of cells, at least 1.')
+    every = read_grid(grid)
+    cells = {n: c for n, c in every.items() if fnmatch(n, only)}
+    if not cells: raise ValueError(f'No cell is called {only!r}; there are {", ".join(every)}.')
+    return cells
+
 def bench(
     grid, # YAML file (see `read_grid`)
     out, # folder of results, one JSON file for each cell
     only='*', # shell pattern of the names of cells
     jobs=1, # cells at the same time; timings suffer if there is more than one
-    run=subprocess.run, # runs a command line
+    run=None, # runs a command line; in a process of its own by default
 ):
-    "Run every cell without a result in a process of its own; names of those that failed."
-    if not (isinstance(jobs, int) and jobs > 0): raise ValueError(f'jobs is {jobs!r}; it is a number of cells, at least 1.')
-    cells = {n: c for n, c in read_grid(grid).items() if fnmatch(n, only)}
-    if not cells: raise ValueError(f'No cell is called {only!r}; there are {", ".join(read_grid(grid))}.')
+    "Run every cell without a result in a process of its own; names of those that failed. Raises `ValueError` or `OSError` before any work."
+    cells = _chosen(grid, only, jobs)
     todo = [n for n, c in cells.items() if finished(c, out) is None]
-    code = 'import sys; from prunebook.bench import one_cell; one_cell(*sys.argv[1:])'
-    def fails(n):
-        done = run([sys.executable, '-c', code, str(grid), str(out), n], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode: tqdm.write(f'{n} failed: {(done.stderr.strip().splitlines() or ["no message"])[-1]}', file=sys.stderr)
-        return done.returncode
-    with ThreadPoolExecutor(jobs) as pool: codes = list(tqdm(pool.map(fails, todo), desc='cells', initial=len(cells) - len(todo), total=len(cells)))
+    for n in todo: check_writable(Path(out)/f'{n}.json')
+    with ThreadPoolExecutor(jobs) as pool, Children() as children:
+        def fails(n):
+            command = [sys.executable, '-c', _CELL, str(grid), str(out), n]
+            done = (run or children.run)(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode: tqdm.write(f'{n} failed: {(done.stderr.strip().splitlines() or ["no message"])[-1]}', file=sys.stderr)
+            return done.returncode
+        codes = list(tqdm(pool.map(fails, todo), desc='cells', initial=len(cells) - len(todo), total=len(cells)))
     return [n for n, code in zip(todo, codes) if code]
 
 def one_cell(
@@ -211,32 +297,53 @@ def one_cell(
     name, # of the cell
 ):
     "Measure one cell in this process and write its file."
-    write_atomic(Path(out)/f'{name}.json', json.dumps(run_cell(read_grid(grid)[name]), indent=1))
+    write_atomic(Path(out)/f'{name}.json', strict_json(run_cell(read_grid(grid)[name])))
 
 # %% ../nbs/80_bench.ipynb #f1b7d133
+def _far(
+    old, # a number
+    new, # the number to compare with it
+    tolerance, # the largest difference that is allowed
+):
+    "Whether two numbers differ by more than `tolerance`; what is missing or not finite differs from everything."
+    numbers = all(_is_number(x, (int, float), -math.inf, math.inf) for x in (old, new, tolerance))
+    return not numbers or not abs(new - old) <= tolerance
+
+def _at(record, *path):
+    "The value at a path of keys in nested dicts; None if there is none."
+    for k in path: record = record.get(k) if isinstance(record, dict) else None
+    return record
+
+def _table(record, *path):
+    "The dict at a path of keys; an empty one if there is none."
+    found = _at(record, *path)
+    return found if isinstance(found, dict) else {}
+
 def compare(
     old, # a committed result
     new, # the result of the same cell today
 ):
     "What differs by more than the stated error, in words; empty if nothing does."
-    differs = []
-    if abs((new.get('true_sparsity') or 0) - (old.get('true_sparsity') or 0)) > .005: differs.append(f'true sparsity {new.get("true_sparsity")} instead of {old.get("true_sparsity")}')
-    for text, q in old['quality'].items():
-        p, now = q['perplexity'], new['quality'][text]['perplexity']['value']
-        if abs(now - p['value']) > p['stderr']: differs.append(f'perplexity on {text} {now:.2f} instead of {p["value"]:.2f} ± {p["stderr"]:.2f}')
+    differs, share = [], (_at(old, 'true_sparsity'), _at(new, 'true_sparsity'))
+    if share != (None, None) and _far(*share, .005): differs.append(f'true sparsity {share[1]} instead of {share[0]}')
+    texts = {*_table(old, 'quality'), *_table(new, 'quality')} or ['any text']
+    for text in sorted(map(str, texts)):
+        p, now = _table(old, 'quality', text, 'perplexity'), _at(new, 'quality', text, 'perplexity', 'value')
+        value, error = p.get('value'), p.get('stderr')
+        if _far(value, now, 0 if error is None else error): differs.append(f'perplexity on {text} {now} instead of {value} ± {error}')
     return differs
 
+# %% ../nbs/80_bench.ipynb #0cca981e
 def recheck(
     grid, # YAML file
     out, # folder of committed results
     only='*', # shell pattern of the names of cells
     jobs=1, # cells at the same time
 ):
-    "Measure cells again; by name, what differs (see `compare`)."
+    "Measure cells again; by name, what differs (see `compare`). Raises `ValueError` for a committed result of other settings, before any work."
+    old = {n: finished(c, out) for n, c in _chosen(grid, only, jobs).items()}
     with tempfile.TemporaryDirectory() as again:
         failed, r = bench(grid, again, only, jobs), {}
-        for n, c in read_grid(grid).items():
-            if not fnmatch(n, only): continue
-            old = finished(c, out)
-            r[n] = ['it has no committed result'] if old is None else ['it failed'] if n in failed else compare(old, finished(c, again))
+        for n, c in _chosen(grid, only, jobs).items():
+            r[n] = ['it has no committed result'] if old[n] is None else ['it failed'] if n in failed else compare(old[n], finished(c, again))
     return r

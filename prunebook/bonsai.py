@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .couplings import anatomy, couplings, slice_units, weight_of
 from .methods import Method
 from .models import decoder_linears, n_parameters
-from .plan import global_steps, keep_after, model_fingerprint, uniform_steps
+from .plan import REMEDIES, check_numbers, global_steps, keep_after, model_fingerprint, uniform_steps
 from .repair import damp_for, restore_columns
 from .walk import cut, replaced, walk, walk_bytes
 
@@ -126,16 +126,17 @@ def prior_scores(
     batch_size=8, # windows in a forward pass
     seed=0, # of `random`
 ):
-    "Score of every unit before any experiment (eq. prior), all couplings one after the other, float64, (units,)."
+    "Score of every unit before any experiment (eq. prior), all couplings one after the other, float64, (units,). Raises `ValueError` for one that is not finite."
     if prior == 'random': return torch.rand(sum(c.n_units for c in table), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     found, by_place = {}, {(c.layer, c.kind == 'mlp_channel'): c for c in table}
     for stage in walk(model, windows, batch_size, desc='prior'):
         c = by_place.get((stage.layer, stage.part == 'mlp'))
         if c is None: continue
         columns = _column_prior(prior, weight_of(model.get_submodule(stage.second)).float(), torch.cat([x.flatten(0, -2) for x in stage.X]).float())
-        columns = columns[c.second[1].to(columns.device)].double()                           # (units, columns of each)
-        found[c.name] = (columns.sum(1) if prior == 'output' else columns.mean(1)).cpu()
-    return torch.cat([s if s.isfinite().all() else torch.zeros_like(s) for s in (found[c.name] for c in table)])
+        columns = columns[c.second[1].to(columns.device)].cpu().double()                          # (units, columns of each)
+        found[c.name] = (columns.sum(1) if prior == 'output' else columns.mean(1))
+    for n, s in found.items(): check_numbers(s, f'prior of {n}', model.dtype)
+    return torch.cat([found[c.name] for c in table])
 
 # %% ../nbs/40_bonsai.ipynb #0eab02ae
 FEW = 8 # a coupling with at most this many units has all of them in play
@@ -230,10 +231,12 @@ class EvaluationLog:
 def _check(self:EvaluationLog, whole, raw, head):
     "Raises `ValueError` for a file that is not the log of this run."
     try: lines = [json.loads(l) for l in whole.splitlines()]
-    except ValueError as e: raise ValueError(f'{self.path} is not an evaluation log ({e}); name another file.') from e
+    except (ValueError, RecursionError) as e: raise ValueError(f'{self.path} is not an evaluation log ({e}); name another file.') from e
     if lines and lines[0] != head:
         differ = [k for k in head if not isinstance(lines[0], dict) or lines[0].get(k) != head[k]]
         raise ValueError(f'{self.path} belongs to another run (it differs in {", ".join(differ)}); name another file, or delete it to begin anew.')
+    is_record = lambda r: isinstance(r, dict) and [type(r.get(k)) for k in ('round', 'evaluation', 'mask')] == [int, int, str] and type(r.get('loss')) in (int, float) and math.isfinite(r['loss'])
+    if wrong := [i for i, r in enumerate(lines[1:], 2) if not is_record(r)]: raise ValueError(f'{self.path} is not an evaluation log (line {wrong[0]} holds no evaluation); name another file.')
     if not lines and not json.dumps(head).encode().startswith(raw): raise ValueError(f'{self.path} is not an evaluation log; name another file.')
 
 # %% ../nbs/40_bonsai.ipynb #71cbd27f
@@ -467,8 +470,8 @@ class Bonsai(Method):
     units: tuple = ('mlp_channel',) # kinds of units
     evaluations: int = 128 # sub-models in a round
     step: float = .2 # fraction of the decoder's parameters that a round removes, at most
-    windows: int = 2 # pieces of calibration text that one sub-model reads; None: all, the same for every sub-model
-    seqlen: int = 128 # tokens in a piece; None: whole windows
+    windows: int | None = 2 # pieces of calibration text that one sub-model reads; None: all, the same for every sub-model
+    seqlen: int | None = 128 # tokens in a piece; None: whole windows
     prior: str = 'output' # order of the units before any experiment: `output`, `wanda`, `magnitude` or `random`
     design: str = 'orthogonal' # masks: `orthogonal` or `published`
     target: str = 'loss' # what is explained: `loss` or `perplexity`
@@ -480,6 +483,7 @@ class Bonsai(Method):
     damp: float = None # ridge of that fit, as a fraction of the mean diagonal; `damp_for(tokens)` by default
     batch_size: int = 8 # windows in a forward pass
     seed: int = 0 # of text and masks
+    spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
     log: str = None # file to keep evaluations in, and to go on from
 
     @classmethod
@@ -506,7 +510,7 @@ def check(self:Bonsai):
 # %% ../nbs/40_bonsai.ipynb #4c1adeb6
 @patch
 def _evaluate(self:Bonsai, model, windows, table, prior, share, log, workers):
-    "Masks of a round and what they cost: a dict."
+    "Masks of a round and what they cost: a dict. Raises `ValueError` if the whole model has no usable loss."
     number, gen = len(self.history) - 1, torch.Generator().manual_seed(1000*self.seed + len(self.history))
     pool, design = in_play(table, prior, share, self.design == 'published'), dict(published=published_pairs, orthogonal=orthogonal_pairs)[self.design]
     pairs, size = design(table, prior, pool, share, self.evaluations//2, gen), min(self.seqlen or windows.seqlen, windows.seqlen)
@@ -516,6 +520,7 @@ def _evaluate(self:Bonsai, model, windows, table, prior, share, log, workers):
     which = torch.arange(len(pairs)).repeat_interleave(2) % len(texts)
     masks, start = torch.cat([torch.zeros(len(texts), len(prior), dtype=bool), pairs.flatten(0, 1)]), time.process_time()
     losses = sub_model_losses(model, table, masks, [*texts, *[texts[i] for i in which]], self.batch_size, log, number, workers, f'Bonsai, round {number + 1}')
+    if losses[:len(texts)].max() >= WORST: raise ValueError(f'Round {number + 1}: the loss of the whole model is NaN, infinite or {WORST:.1f} nats and more in {model.dtype}; {REMEDIES.get(model.dtype, "check the model and the text")}.')
     value = losses.exp() if self.target == 'perplexity' else losses
     return dict(pool=pool, share=share, masks=masks[len(texts):], losses=losses, rise=value[len(texts):] - value[which], seconds=time.process_time() - start)
 
@@ -590,7 +595,7 @@ def cut_units(
 def _table(self:Bonsai, model):
     "The couplings that can still give a unit."
     single = all(b.heads == b.kv_heads for b in anatomy(model))                              # then there are no query heads to choose from
-    return couplings(model, tuple(k for k in self.units if not (k == 'query_head' and single)))
+    return self.table(model, tuple(k for k in self.units if not (k == 'query_head' and single)))
 
 @patch
 def _header(self:Bonsai, model, windows, sparsity):
@@ -604,7 +609,7 @@ def _header(self:Bonsai, model, windows, sparsity):
 def run(self:Bonsai, model, windows, sparsity):
     "Slice (and repair) `model`; returns kept unit indices and scores, both dicts by coupling name."
     work, self.history, workers, removed = copy.deepcopy(model) if self.restore else model, [], Workers(model.device), 0.
-    total, table = n_parameters(decoder_linears(work).values()), couplings(work, self.units)
+    total, table = n_parameters(decoder_linears(work).values()), self.table(work)
     alive, scores = {c.name: torch.arange(c.n_units) for c in table}, {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
     log = EvaluationLog(self.log if workers.rank == 0 else None, self._header(model, windows, sparsity))
     while removed < sparsity - max(self.tolerance, 1e-9):

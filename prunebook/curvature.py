@@ -7,6 +7,7 @@ __all__ = ['optimal_removal', 'nearest_kronecker', 'Factors', 'input_leaders', '
            'damped_inverse']
 
 # %% ../nbs/50_curvature.ipynb #026d9e2f
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
 from .couplings import anatomy, weight_of
 from .models import decoder_linears
+from .plan import check_numbers
+from .repair import as_double
 from .walk import gram, replaced
 
 # %% ../nbs/50_curvature.ipynb #3ab72138
@@ -140,7 +143,7 @@ def curvature(
     checkpoint=False, # recompute each block in the backward pass: less memory, a third more work
     desc='curvature', # label of the progress bar
 ):
-    "Kronecker factors of linears, `Factors` by name; those that read the same input share `A`. Raises `ValueError` for NaN or infinite gradients."
+    "Kronecker factors of linears, `Factors` by name; those that read the same input share `A`. Raises `ValueError` for inputs or gradients that are not finite."
     if model.training: raise ValueError('The model is in training mode; call model.eval() first.')
     if windows.seqlen < 2: raise ValueError('Windows of one token predict nothing; choose seqlen >= 2.')
     windows.check(model)
@@ -155,7 +158,9 @@ def curvature(
     for (kind, name), S in sums.items():
         if world > 1: distributed.all_reduce(S)
         S /= len(windows)*(windows.seqlen - 1)
-        if not S.isfinite().all(): raise ValueError(f'{name} has NaN or infinite {"inputs" if kind == "A" else "gradients"}; check the weights, or use float32.')
+        check_numbers(S, f'{"inputs" if kind == "A" else "gradients at the outputs"} of {name}', model.dtype)
+    for n in dict.fromkeys(leaders.values()):
+        if not sums['A', n].diag()[:weight_of(linears[n]).shape[1]].any(): warnings.warn(f'All inputs of {n} are zero on this text; they are worth nothing.')
     return {n: Factors(sums['A', leaders[n]], sums['G', n]) for n in names}
 
 # %% ../nbs/50_curvature.ipynb #7a20811e
@@ -163,8 +168,9 @@ def damped_inverse(
     M, # a factor, symmetric positive semi-definite, (n, n)
     damp=.01, # ridge, as a fraction of the mean diagonal
 ):
-    "Inverse of M + damp·mean(diag M)·I, float64, (n, n). Raises `ValueError` if that is not positive definite."
-    M = M.double()
+    "Inverse of M + damp·mean(diag M)·I, float64, (n, n); the identity if `M` is zero. Raises `ValueError` if that is not positive definite."
+    M = as_double(M)
+    if not M.any(): return torch.eye(len(M), dtype=M.dtype, device=M.device)                 # nothing was seen, and nothing adapts
     delta = damp*M.diag().mean()
     L, failed = torch.linalg.cholesky_ex(M + delta*torch.eye(len(M), dtype=M.dtype, device=M.device))
     if failed or not L.isfinite().all(): raise ValueError(f'A factor of {len(M)} rows, damped by {damp} of its mean diagonal, is not positive definite; choose a larger damp or give more tokens.')

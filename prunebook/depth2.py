@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, couplings, slice_units, weight_of
 from .methods import Method
 from .models import decoder_linears, n_parameters
-from .plan import keep_after, uniform_steps
-from .repair import damp_for, ridge_solve
+from .plan import check_numbers, keep_after, uniform_steps
+from .repair import damp_for, double_device, ridge_solve
 from .text import Windows, random_tokens
 from .walk import cut, gram, walk, walk_both, walk_bytes
 
@@ -53,6 +53,7 @@ def js_sums(
     distance=True, # sum its square root, a metric, instead of the divergence
 ):
     "Jensen-Shannon divergence (eq. js) of every pair of heads, summed over batch and rows, float64, (heads, heads)."
+    P = P.to(double_device(P.device))
     H, entropy = P.shape[1], torch.special.entr(P).sum(-1)                                 # (batch, heads, rows)
     D = torch.zeros(H, H, dtype=torch.float64, device=P.device)
     for i in range(H - 1):
@@ -70,12 +71,13 @@ def head_distances(
     batch_size=4, # windows in a forward pass
     rows=128, # query positions held at a time
 ):
-    "Mean Jensen-Shannon distance of the attention maps of every two heads: a list of (heads, heads), one for each block (eq. js)."
+    "Mean Jensen-Shannon distance of the attention maps of every two heads: a list of (heads, heads), one for each block (eq. js). Raises `ValueError` for maps that are not finite."
     windows.check(model)
     sums, tokens = [0]*len(anatomy(model)), windows.ids.numel()
     def observe(layer, P): sums[layer] = sums[layer] + js_sums(P, distance)
     with observed_attention(model, observe, rows):
         for ids in tqdm(windows.batches(batch_size, model.device), desc='comparing heads', leave=False): model.base_model(ids, use_cache=False)
+    for layer, s in enumerate(sums): check_numbers(s, f'block {layer}, distances of its attention maps', model.dtype)
     return [(s/tokens).cpu() for s in sums]
 
 # %% ../nbs/30_depth2.ipynb #f8a63959
@@ -128,8 +130,9 @@ class Moments:
         b=None, # its bias, (rows,)
     ):
         "E[(Wx + b)²] for every row of `W` (eq. rows)."
-        a = ((W.float() @ self.S)*W.float()).sum(1)
-        return a if b is None else a + 2*b.float()*(W.float() @ self.mean) + b.float()**2
+        S, mean = self.S.to(W.device), self.mean.to(W.device)
+        a = ((W.float() @ S)*W.float()).sum(1)
+        return a if b is None else a + 2*b.float()*(W.float() @ mean) + b.float()**2
 
     def centred(self):
         "The same without the mean: S becomes the covariance."
@@ -163,7 +166,7 @@ def column_moments(
 ):
     "Second-moment score of every column of a second linear (eq. second to eq. attention), float32, (columns,)."
     norm2 = weight_of(model.get_submodule(block.out if part == 'attention' else block.mlp_second)).detach().float().pow(2).sum(0)
-    if form == 'measured' or part == 'attention' and form == 'paper' and inner is not None: return norm2*inner
+    if form == 'measured' or part == 'attention' and form == 'paper' and inner is not None: return norm2*inner.to(norm2.device)
     firsts = [_value_rows(model, block)] if part == 'attention' else [_rows(model, block.path(n)) for n in block.family.mlp_firsts]
     if form == 'code': (gate, *rest) = [moments.centred().rows(W) for W, _ in firsts]
     if form == 'code': return norm2.sqrt()*(gate if part == 'attention' else _activation(model)(gate)*math.prod(rest))
@@ -243,7 +246,7 @@ class Depth2(Method):
     damp: float = None # ridge of the fits, as a fraction of the mean diagonal; `damp_for(tokens)` by default
     towards: str = 'weights' # what the ridge pulls to: `weights` or `zero`
     map_windows: int = 16 # calibration windows whose attention maps are compared
-    blocks: tuple = None # first block to prune, and the one after the last; all by default
+    spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
     batch_size: int = 8 # windows in a forward pass
     seed: int = 0 # of random heads and random tokens
     device: str = None # visit this device block by block; by default blocks stay where they are
@@ -339,10 +342,7 @@ def _given(self:Depth2, model, windows):
 # %% ../nbs/30_depth2.ipynb #09168f57
 @patch
 def run(self:Depth2, model, windows, sparsity):
-    shapes = anatomy(model)
-    first, last = self.blocks or (0, len(shapes))
-    if not 0 <= first < last <= len(shapes): raise ValueError(f'blocks is {self.blocks}; it is a range of blocks, from 0 to {len(shapes)}.')
-    table = [c for c in couplings(model, self.units) if first <= c.layer < last]
+    shapes, table = anatomy(model), self.table(model)
     heads = self._head_scores(model, windows, table)
     steps = self._steps(table, shapes[0].value_dim, heads, sparsity, n_parameters(decoder_linears(model).values()))
     given, kept, scores = self._given(model, windows), {}, {}

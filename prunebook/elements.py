@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .couplings import weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows, input_leaders
 from .models import decoder_linears, n_parameters
+from .repair import as_double, double_device
 from .scores import check_pattern, linears_to_sparsify, with_bias, zeros_among
 from .surgeon import set_weight
 from .walk import walk, walk_bytes
@@ -26,9 +27,9 @@ def element_costs(
     damp=.01, # ridge of `A`, as a fraction of its mean diagonal
     damp_g=.1, # the same of `G`
 ):
-    "Least rise of the loss when one weight becomes zero and all others adapt, for each weight (eq. cost), float64, (out, in)."
+    "Least rise of the loss when one weight becomes zero and all others adapt, for each weight (eq. cost), float64, (out, in); nothing where all inputs are zero."
     rows = 1. if G is None else damped_inverse(G, damp_g).diag()[:, None]
-    return .5*W.double()**2/(rows*damped_inverse(A, damp).diag())
+    return .5*as_double(W)**2/(rows*damped_inverse(A, damp).diag())*A.any().to(double_device(A.device))
 
 # %% ../nbs/51_elements.ipynb #3abacc57
 def keep_strongest(
@@ -77,19 +78,21 @@ def remove_in_chunks(
     damp_g=.1, # the same of `G`
 ):
     "The update of LLM Surgeon for single weights: the cheapest first, some at a time, one chunk after the other; dtype of `W`, (out, in)."
-    costs, V = element_costs(W, A, G, damp, damp_g), W.double()
+    costs, V = element_costs(W, A, G, damp, damp_g), as_double(W)
+    keep = keep.to(V.device)
     inverse_A, inverse_G = damped_inverse(A, damp), damped_inverse(G, damp_g)
     gone = (~keep).flatten().nonzero()[:, 0]
     for part in gone[costs.flatten()[gone].argsort()].split(size):
         V = remove_together(V, inverse_A, inverse_G, part//W.shape[1], part%W.shape[1])
-    return (V*keep).to(W.dtype)
+    return (V*keep).to(W)
 
 # %% ../nbs/51_elements.ipynb #1e908719
 def ridged(
     M, # a factor, symmetric positive semi-definite, (n, n)
     damp, # ridge, as a fraction of the mean diagonal
 ):
-    "A factor with a ridge on its diagonal. Raises `ValueError` if it is zero or not finite."
+    "A factor with a ridge on its diagonal; the identity if it is zero. Raises `ValueError` if it is not finite."
+    if not M.any(): return torch.eye(len(M), dtype=M.dtype, device=M.device)                 # nothing was seen: all weights count alike
     scale = M.diag().mean()
     if not (M.isfinite().all() and scale > 0): raise ValueError(f'The mean of the diagonal is {scale.item()}; the layer saw no finite, non-zero input or gradient.')
     return M + damp*scale*torch.eye(len(M), dtype=M.dtype, device=M.device)
@@ -172,7 +175,7 @@ def prune_elements(
         keep[:, :columns] = keep_strongest(S[:, :columns], sparsity, n, m, gone)
         return keep
     if steps: V, keep = split_weights(work, A, G, choose, steps)
-    else: V, keep = work, choose(element_costs(work, A, G, 0, 0))
+    else: V, keep = work, choose(element_costs(work, A, G, 0, 0)).to(W.device)
     return refit_kept(work, V, keep, A, G, iterations).to(W.dtype)
 
 # %% ../nbs/51_elements.ipynb #f6dacd67

@@ -7,13 +7,15 @@ __all__ = ['window_losses', 'Perplexity', 'perplexity', 'loss_difference', 'weig
            'measure', 'report_table', 'plot_report', 'zero_shot']
 
 # %% ../nbs/02_evaluate.ipynb #3f2c4b8a
-import ctypes, math, os, re, resource, statistics, sys, time
+import ctypes, math, os, re, statistics, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
+import psutil
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .models import decoder_linears, n_parameters
+from .text import beginning
 
 # %% ../nbs/02_evaluate.ipynb #df4f0451
 @torch.no_grad()
@@ -29,8 +31,8 @@ def window_losses(
     for ids in tqdm(windows.batches(batch_size, model.device), desc='perplexity', leave=False):
         logits = model(ids, use_cache=False).logits        # (batch, seqlen, vocabulary)
         if each: each(ids, logits)
-        losses += [F.cross_entropy(l[:-1].float(), i[1:]).double().cpu() for l, i in zip(logits, ids)]
-    return torch.stack(losses)
+        losses += [F.cross_entropy(l[:-1].float(), i[1:]).cpu() for l, i in zip(logits, ids)]
+    return torch.stack(losses).double()
 
 # %% ../nbs/02_evaluate.ipynb #fece36f7
 @dataclass
@@ -73,8 +75,24 @@ def weight_bytes(
 # %% ../nbs/02_evaluate.ipynb #5e594ca2
 def _resident(key):
     "A line of /proc/self/status in bytes."
-    with open('/proc/self/status') as f: return int(re.search(rf'{key}:\s+(\d+)', f.read())[1])*1024
+    with open('/proc/self/status', encoding='utf-8') as f: return int(re.search(rf'{key}:\s+(\d+)', f.read())[1])*1024
 
+def _reset_mark():
+    "Set the mark of Linux back to what the process holds now; the bytes it holds."
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                   # give back what earlier work has freed, so that it is not reused unseen
+        with open('/proc/self/clear_refs', 'w', encoding='utf-8') as f: f.write('5')
+    except (OSError, AttributeError): pass                 # not permitted: the peak is then that of the whole process
+    return _resident('VmRSS')
+
+def _lifetime_mark():
+    "Most bytes the process ever held, on a system without a mark that can be reset."
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, 'peak_wset'): return memory.peak_wset                                  # Windows
+    import resource                                                                           # Windows has none
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+
+# %% ../nbs/02_evaluate.ipynb #15708650
 @contextmanager
 def peak_memory(
     device='cpu', # where the work runs
@@ -82,17 +100,10 @@ def peak_memory(
     "Context manager that yields a dict and fills in `peak` and `extra`: bytes at the peak, and above the start. Process memory on a CPU."
     r, cuda, linux = {}, torch.device(device).type == 'cuda', os.path.exists('/proc/self/clear_refs')
     if cuda: torch.cuda.reset_peak_memory_stats(device); start = torch.cuda.memory_allocated(device)
-    elif linux:
-        try:
-            ctypes.CDLL(None).malloc_trim(0)               # give back what earlier work has freed, so that it is not reused unseen
-            with open('/proc/self/clear_refs', 'w') as f: f.write('5')
-        except (OSError, AttributeError): pass             # not permitted: the peak is then that of the whole process
-        start = _resident('VmRSS')
-    else: start = 0
+    else: start = _reset_mark() if linux else psutil.Process().memory_info().rss
     yield r
     if cuda: r['peak'] = torch.cuda.max_memory_allocated(device)
-    elif linux: r['peak'] = _resident('VmHWM')
-    else: r['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    else: r['peak'] = _resident('VmHWM') if linux else _lifetime_mark()
     r['extra'] = r['peak'] - start
 
 # %% ../nbs/02_evaluate.ipynb #e9599ecb
@@ -100,6 +111,7 @@ def _timed(f, device):
     "Seconds that `f()` takes, on a device that may run ahead."
     def sync():
         if device.type == 'cuda': torch.cuda.synchronize(device)
+        if device.type == 'mps': torch.mps.synchronize()
     sync(); start = time.perf_counter(); f(); sync()
     return time.perf_counter() - start
 
@@ -206,7 +218,7 @@ def zero_shot(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as e: raise ImportError('Zero-shot tasks need lm_eval: pip install "prunebook[eval]"') from e
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bool(beginning(tokenizer)))
     manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     r = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)

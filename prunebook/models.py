@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MANIFEST', 'NEW', 'NOWHERE', 'TINY', 'blocks', 'decoder_linears', 'n_parameters', 'cache_dir', 'file_sha256',
-           'write_manifest', 'read_manifest', 'damage', 'is_complete', 'verify', 'check_target', 'check_writable',
-           'reserved', 'leftovers', 'reserved_folder', 'atomic_folder', 'small_model_folder', 'default_device',
-           'default_dtype', 'hub_answers', 'readable', 'load_model', 'tiny_model', 'check_finite']
+           'write_manifest', 'read_manifest', 'damage', 'is_complete', 'verify', 'check_target', 'sweep_file',
+           'check_writable', 'reserved', 'leftovers', 'reserved_folder', 'atomic_folder', 'small_model_folder',
+           'default_device', 'default_dtype', 'hub_answers', 'readable', 'load_model', 'tiny_model', 'check_finite',
+           'machine_line']
 
 # %% ../nbs/00_models.ipynb #47a49a64
 import ctypes, hashlib, json, os, re, secrets, shutil, subprocess, sys, tempfile, threading, time
@@ -216,6 +217,19 @@ def _try_writing(path, probe):
     except (OSError, ValueError) as e: raise _unwritable(path, e) from e
     finally: shutil.rmtree(probe, ignore_errors=True)
 
+# %% ../nbs/00_models.ipynb #f4a00002
+def sweep_file(
+    path, # a file that processes write through `.NAME-PROCESS` beside it
+):
+    "Remove what killed processes left beside a file."
+    import psutil
+    path = Path(path)
+    pattern = re.compile(re.escape(f'.{path.name}-') + r'(\d{1,9})')
+    found = [(p, m) for p in path.parent.iterdir() if (m := pattern.fullmatch(p.name))]
+    for p in [p for p, m in found if not psutil.pid_exists(int(m[1]))]:
+        if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
+        else: p.unlink(missing_ok=True)
+
 # %% ../nbs/00_models.ipynb #d41c4964
 def check_writable(
     path, # a file that will be written later: a log, a state, a result
@@ -224,7 +238,9 @@ def check_writable(
     path = Path(os.path.abspath(path))
     if os.path.isdir(path): raise IsADirectoryError(f'{path} is a folder; name a file.')
     if os.path.exists(path) and not os.access(path, os.W_OK): raise PermissionError(f'{path} cannot be written (no permission); choose another place.')
-    with _parents(path): _try_writing(path, path.with_name(f'.{path.name}-{os.getpid()}'))
+    with _parents(path):
+        sweep_file(path)
+        _try_writing(path, path.with_name(f'.{path.name}-{os.getpid()}'))
 
 # %% ../nbs/00_models.ipynb #144a306c
 _reserved = set() # lock files that this process holds, with process and thread
@@ -506,3 +522,12 @@ def check_finite(
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise ValueError(f'{name} holds {(~p.isfinite()).sum().item()} NaN or infinite value(s); load the model again before pruning it.')
+
+# %% ../nbs/00_models.ipynb #d1e7a002
+def machine_line(
+    model, # any torch module
+):
+    "Where and in what a model runs: its device with the GPU's name or the CPU's threads, its dtype, and the version of PyTorch."
+    p = next(model.parameters())
+    kind = torch.cuda.get_device_name(p.device) if p.is_cuda else f'{torch.get_num_threads()} thread(s)' if p.device.type == 'cpu' else 'no name'
+    return f'{p.device} ({kind}), {str(p.dtype).removeprefix("torch.")}, PyTorch {torch.__version__}'

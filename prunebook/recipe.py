@@ -8,19 +8,20 @@ __all__ = ['LAST_RESORT', 'TRUST_TOKENS', 'ALLOCATIONS', 'ORDERS', 'block_states
            'greedy_order', 'removal_costs']
 
 # %% ../nbs/70_recipe.ipynb #e0d50626
-import json
+import json, math
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from .couplings import anatomy, weight_of
 from .curvature import curvature, damped_inverse
 from .depth2 import give_weight, second_level
 from .fasp import column_scores, fasp_work, unit_scores
 from .models import decoder_linears, n_parameters
-from .plan import bundles, global_steps, keep_after, uniform_steps, write_atomic
-from .repair import restore_columns
+from .plan import bundles, check_numbers, check_type, global_steps, keep_after, uniform_steps, write_atomic
+from .repair import as_double, double_device, restore_columns
 from .scores import Scored
 from .surgeon import remove_rows, row_costs, run_key
 from .text import Windows
@@ -53,8 +54,10 @@ def divergence(
 ):
     "Mean divergence of the next token's distribution from the reference, in nats (eq. divergence)."
     layers = [model.get_submodule(b.name) for b in anatomy(model)[:layer + 1]]
-    skip, first = (lambda h, *args, **kw: h), layers[-1].forward
-    with replaced([*[(l, skip) for l in layers[:-1]], (layers[-1], lambda h, *args, **kw: first(state, *args, **kw))]):
+    skip, first, place = (lambda h, *args, **kw: h), layers[-1].forward, next(layers[-1].parameters()).device
+    to = lambda tree, device: tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, tree)
+    visit = lambda h, *args, **kw: to(first(*to((state, *args), place), **to(kw, place)), state.device)  # a walk may have the block elsewhere
+    with replaced([*[(l, skip) for l in layers[:-1]], (layers[-1], visit)]):
         logits = model(ids.to(model.device), use_cache=False).logits
     return F.kl_div(F.log_softmax(logits.float(), -1), reference, log_target=True, reduction='sum').item()/ids.numel()
 
@@ -65,13 +68,14 @@ def probe(
     trials, # weights to try in it, each (d, f); may be a generator
     measure, # function without arguments: the divergence
 ):
-    "Divergence of the model after each trial."
+    "Divergence of the model after each trial. Raises `ValueError` for one that is not finite."
     weight, found = weight_of(model.get_submodule(second)), []
     old = weight.detach().clone()
     try:
         for new in trials:
             weight.data.copy_(new)
             found.append(measure())
+            check_numbers(torch.tensor(found[-1]), f'divergence without some units of {second}', weight.dtype)
     finally: weight.data.copy_(old)
     return found
 
@@ -123,7 +127,7 @@ def drifting(
     "Walk; yield each stage, and what its second linear should add for the stream to be that of the dense model again, a list of (batch, seqlen, d) (eq. target)."
     drift, adds = None, getattr(model.config, 'do_layer_norm_before', True)                # else a norm comes between, and drift is not a sum
     for old, new in walk_both(model, windows, **settings):
-        targets = old.Y if drift is None else [y.view_as(d) + d for y, d in zip(old.Y, drift)]
+        targets = old.Y if drift is None else [y.view_as(d) + d.to(y.device) for y, d in zip(old.Y, drift)]
         yield new, targets
         new.Y = new.outputs(model)
         if adds: drift = [t - y.view_as(t) for t, y in zip(targets, new.Y)]
@@ -147,11 +151,12 @@ def value_basis(
     floor=1e-4, # added to the second moments, as a fraction of their mean diagonal
 ):
     "Basis of the values of every key-value head, (kv_heads, v, v), and what each of its channels adds to the mean square of the output, falling, (kv_heads, v), both float64 (eq. basis)."
-    W = W.double().unflatten(1, (kv_heads, -1, value_dim))   # (d, K, g, v)
-    C = C.double().unflatten(1, W.shape[1:]).unflatten(0, W.shape[1:])
+    W = as_double(W).unflatten(1, (kv_heads, -1, value_dim)) # (d, K, g, v)
+    C = as_double(C).unflatten(1, W.shape[1:]).unflatten(0, W.shape[1:])
     bases, energies = [], []
     for k in range(kv_heads):
         A = sum(C[k, h, :, k, h] for h in range(W.shape[2]))/W.shape[2]
+        if not A.any(): A = torch.eye(value_dim, dtype=A.dtype, device=A.device)             # nothing was seen: the weight alone decides
         values, Q = torch.linalg.eigh(A + (floor*A.diag().mean()).clamp(min=1e-12)*torch.eye(value_dim, dtype=A.dtype, device=A.device))
         root, inverse = (Q*values.sqrt()) @ Q.T, (Q/values.sqrt()) @ Q.T
         M = W[:, k] @ root                                 # (d, g, v)
@@ -175,11 +180,11 @@ def turn_values(
     R, # basis of the values of every key-value head, (kv_heads, v, v)
 ):
     "Write the values of a block in another basis, in place (eq. basis)."
-    name, T, B = block.path(block.family.qkv[-1]), torch.block_diag(*R.double()), column_basis(R.double(), block.heads)
+    name, T, B = block.path(block.family.qkv[-1]), torch.block_diag(*as_double(R)), column_basis(as_double(R), block.heads)
     m, out = model.get_submodule(name), model.get_submodule(block.out)
     turn = lambda rows: torch.cat([rows[:-len(T)], T.to(rows) @ rows[-len(T):]])
-    give_weight(model, name, turn(weight_of(m).double()), None if m.bias is None else turn(m.bias.double()))
-    give_weight(model, block.out, weight_of(out).double() @ torch.linalg.inv(B).to(out.weight.device))
+    give_weight(model, name, turn(as_double(weight_of(m))), None if m.bias is None else turn(as_double(m.bias)))
+    give_weight(model, block.out, as_double(weight_of(out)) @ torch.linalg.inv(B).to(double_device(out.weight.device)))
 
 # %% ../nbs/70_recipe.ipynb #fcdf9407
 ALLOCATIONS = ('measured', 'curvature', 'uniform') # how `Recipe` can share out
@@ -226,7 +231,8 @@ def greedy_order(
     chunk=32, # units that leave before costs are computed again
 ):
     "Rank of each unit when the cheapest leave first and the others adapt (eq. greedy), (units,)."
-    W, P, table = W.double().T, damped_inverse(C, damp), table.to(W.device)                  # (f, d)
+    W, P = as_double(W).T, damped_inverse(C, damp)         # (f, d)
+    table = table.to(W.device)
     identity, left, rank = torch.eye(W.shape[1], dtype=W.dtype, device=W.device), torch.arange(len(table)), []
     while len(left):
         costs = row_costs(W, identity, P, table[left]).cpu()
@@ -251,7 +257,7 @@ def seen(self:Recipe, W, c, C, damp, block):
     if not (self.turn and c.kind == 'value_channel'): return W, C, self.order(W, c, C, damp), None
     R, energy = value_basis(W, C, block.kv_heads, block.value_dim)
     B = column_basis(R, block.heads)
-    return W.double() @ torch.linalg.inv(B), B @ C.double() @ B.T, energy.flatten().cpu(), R
+    return as_double(W) @ torch.linalg.inv(B), B @ as_double(C) @ B.T, energy.flatten().cpu(), R
 
 @patch
 def refit(self:Recipe, W, keep, C, damp):
@@ -283,11 +289,15 @@ def kept_probes(self:Recipe, model, windows, table):
     key = run_key(model, windows, **what)
     if self.log is None or not Path(self.log).exists():
         found = self.probes(model, windows, table)
-        if self.log is not None: write_atomic(self.log, json.dumps(dict(key=key, probes=found)))
+        if self.log is not None: write_atomic(self.log, json.dumps(dict(key=key, probes=found), allow_nan=False))
         return found
-    try: old = json.loads(Path(self.log).read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{self.log} is not a file of probes ({e}); delete it or name another.') from e
-    if other := [k for k in key if not isinstance(old, dict) or old.get('key', {}).get(k) != key[k]]: raise ValueError(f'{self.log} belongs to another run: {", ".join(other)} differ(s); delete it or name another file.')
+    try:
+        old = json.loads(Path(self.log).read_text(encoding='utf-8'), parse_constant=lambda name: None)
+        check_type('the log', old, dict[str, dict])
+        check_type('probes', old.get('probes'), dict[str, list[list[int | float]]])
+    except (ValueError, TypeError, RecursionError) as e: raise ValueError(f'{self.log} is not a file of probes ({e}); delete it or name another.') from e
+    if other := [k for k in key if old.get('key', {}).get(k) != key[k]]: raise ValueError(f'{self.log} belongs to another run: {", ".join(other)} differ(s); delete it or name another file.')
+    if other := [c.name for c in table if c.name not in old['probes'] or any(len(p) != 2 for p in old['probes'][c.name])]: raise ValueError(f'{self.log} has no probes of {other[0]}; delete it or name another file.')
     return old['probes']
 
 # %% ../nbs/70_recipe.ipynb #bde8dd2b
@@ -298,9 +308,10 @@ def removal_costs(
     leave, # tensors of the columns that leave, one after the other
     damp=.06, # ridge, as a fraction of the mean diagonal of `A`
 ):
-    "Second-order cost of each group of columns when those before it have left and the others were re-fitted, float64, (groups,)."
-    W, G, P, costs = W.double(), G.double(), damped_inverse(A, damp), []
-    for j in leave:
+    "Second-order cost of each group of columns when those before it have left and the others were re-fitted, float64, (groups,); nothing where all inputs are zero."
+    W, G, P, costs = as_double(W), as_double(G), damped_inverse(A, damp), []
+    if not A.any(): return torch.zeros(len(leave), dtype=W.dtype)
+    for j in (j.to(W.device) for j in leave):
         B = torch.linalg.inv(P[j][:, j])
         V = W[:, j] @ B
         costs.append(.5*((G @ W[:, j])*V).sum())
@@ -357,7 +368,7 @@ def run(self:Recipe, model, windows, sparsity):
             _, D, scores[c.name], R = self.seen(W, c, C, damp, stage.block)
             if R is not None and steps[c.name]:
                 turn_values(model, stage.block, R)
-                B = column_basis(R, stage.block.heads).float()
+                B = column_basis(R, stage.block.heads).float().to(C.device)
                 stage.X, C = [(x.float() @ B.T).to(x) for x in stage.X], D.to(C)
             kept[c.name] = keep_after(c, scores[c.name], steps[c.name])
         if c is not None and steps[c.name]: cut(model, c, stage, kept[c.name], fit)

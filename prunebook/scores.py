@@ -19,8 +19,8 @@ from .couplings import anatomy, couplings, removed_columns, slice_units, weight_
 from .fasp import unit_scores
 from .methods import Method
 from .models import decoder_linears, n_parameters
-from .plan import check_sparsity, global_steps, keep_after, uniform_steps
-from .repair import damp_for, restore_columns, ridge_solve
+from .plan import check_numbers, check_sparsity, global_steps, keep_after, uniform_steps
+from .repair import as_double, damp_for, double_device, restore_columns, ridge_solve
 from .text import Windows
 from .walk import cut, record_calls, walk, walk_bytes
 
@@ -34,16 +34,6 @@ class Scored(Method):
     batch_size: int = 8 # windows in a forward pass
     device: str = None # visit this device block by block; by default blocks stay where they are
     spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
-
-    def check(self):
-        super().check()
-        if not (len(self.spare) == 2 and all(isinstance(n, int) and n >= 0 for n in self.spare)): raise ValueError(f'spare is {self.spare!r}; it is two numbers of blocks, for example (4, 2).')
-
-    def table(self, model):
-        "The couplings that may give units. Raises `ValueError` if all blocks are spared."
-        last = len(anatomy(model)) - 1 - self.spare[1]
-        if self.spare[0] > last: raise ValueError(f'spare {self.spare} leaves none of the {len(anatomy(model))} blocks to prune.')
-        return [c for c in couplings(model, self.units) if self.spare[0] <= c.layer <= last]
 
     def scores(self, model, windows, table): return {}      # by coupling name; empty if `score` is asked on the walk
     def score(self, W, c, stage): raise NotImplementedError(f'{type(self).__name__} has neither scores() nor score().')
@@ -184,12 +174,13 @@ def sparsify(
     m=None, # of so many consecutive ones
     batch_size=8, # windows in a forward pass
 ):
-    "Zero single weights by Wanda, block after block; returns the fraction of zeros among the decoder's weights. Raises `ValueError` before any work."
+    "Zero single weights by Wanda, block after block; returns the fraction of zeros among the decoder's weights. Raises `ValueError` before any work, or for inputs that are not finite."
     linears = linears_to_sparsify(model, windows, sparsity, n, m)
     states, calls = map(list, zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)]))
     for b in tqdm(anatomy(model), desc='Wanda', leave=False):
         inside = [l for name, l in linears.items() if name.startswith(b.name + '.')]
         norms = _input_norms(inside, lambda: _forward_block(model, b, states, calls))
+        for x in norms: check_numbers(x, f'norms of the inputs in {b.name}', model.dtype)
         for l, x in zip(inside, norms): weight_of(l).data.mul_(wanda_mask(weight_of(l), x, sparsity, n, m))
         states = _forward_block(model, b, states, calls)
     return zeros_among(linears)
@@ -231,7 +222,7 @@ def channel_moments(
     X, # list of inputs, each (..., columns)
 ):
     "Mean and variance of every input over all tokens, float64, two tensors (columns,)."
-    n = sum(x.numel()//x.shape[-1] for x in X)
+    n, X = sum(x.numel()//x.shape[-1] for x in X), [x.to(double_device(x.device)) for x in X]
     mean = sum(x.flatten(0, -2).sum(0, dtype=torch.float64) for x in X)/n
     return mean, sum((x.flatten(0, -2) - mean).pow(2).sum(0) for x in X)/n
 
@@ -240,14 +231,15 @@ def fluctuation(
     variance, # variance of its inputs, (f,)
 ):
     "FLAP's score of every column (eq. fluctuation), float64, (f,)."
-    return variance*W.double().pow(2).sum(0)
+    return variance*as_double(W).pow(2).sum(0)
 
 # %% ../nbs/10_scores.ipynb #36a1f1b0
 def standard_scores(
     coupling, # the coupling
     columns, # score of every column of its second linear, (f,)
 ):
-    "Standardised score of each unit: the mean over its columns (eq. z)."
+    "Standardised score of each unit: the mean over its columns (eq. z); where all columns are zero, less than any score can be."
+    if not columns.any(): return columns.new_full((coupling.n_units,), -float(len(columns)))
     z = (columns - columns.mean())/columns.std().clamp(min=1e-300)
     return unit_scores(coupling, z)/coupling.second[1].shape[1]
 
@@ -292,14 +284,16 @@ def statistics(self:FLAP, model, windows, table):
 def lost(self:FLAP, model, c, kept, mean):
     "Mean of what the removed columns gave to the output (eq. bias), (d,)."
     gone, W = removed_columns(c, kept), weight_of(model.get_submodule(c.second[0])).detach()
-    return W[:, gone].double() @ mean[gone.to(mean.device)]
+    W = as_double(W[:, gone])
+    return W @ mean[gone.to(mean.device)].to(W.device)
 
 @patch
 def fold(self:FLAP, W, keep, stage, windows, lost):
     "Kept columns that also make the lost mean (eq. fold), (d, m)."
-    total = sum(x.flatten(0, -2).sum(0, dtype=torch.float64) for x in stage.X)
-    v = constant_weights(stage.gram()[keep][:, keep], total[keep], self.damping(windows))
-    return (W[:, keep].double() + lost[:, None]*v).to(W.dtype)
+    total = sum(x.to(double_device(x.device)).flatten(0, -2).sum(0, dtype=torch.float64) for x in stage.X)
+    v = constant_weights(stage.gram()[keep][:, keep], total[keep.to(total.device)], self.damping(windows))
+    kept = as_double(W[:, keep])
+    return (kept + lost[:, None].to(kept.device)*v.to(kept.device)).to(W)
 
 def add_bias(
     module, # `Linear` or `Conv1D`, changed in place
@@ -365,7 +359,7 @@ def weight_times_gradient(
     names, # names of linear layers
     batch_size=8, # windows in a forward and backward pass
 ):
-    "Weight times gradient of the mean loss for some linears, by name; float32, laid out as `with_bias`."
+    "Weight times gradient of the mean loss for some linears, by name; float32, laid out as `with_bias`. Raises `ValueError` for gradients that are not finite."
     modules = {n: model.get_submodule(n) for n in names}
     parameters = [p for m in modules.values() for p in (m.weight, m.bias) if p is not None]
     G = loss_gradients(model, windows, parameters, batch_size)[::-1]
@@ -373,6 +367,7 @@ def weight_times_gradient(
     for n, m in modules.items():
         P = m.weight.detach().float()*G.pop()
         P = P if weight_of(m) is m.weight else P.T         # `Conv1D` is transposed
+        check_numbers(P, f'weight times gradient of {n}', m.weight.dtype)
         products[n] = P if m.bias is None else torch.cat([P, (m.bias.detach().float()*G.pop())[:, None]], 1)
     return products
 
@@ -382,8 +377,8 @@ class Taylor(Scored):
     "Remove the units whose weights matter least to the loss, to first order (eq. paramfirst), as in LLM-Pruner."
     name = 'taylor'
     units: tuple = ('kv_group', 'mlp_channel') # kinds of units
-    samples: int = 10 # calibration windows for the gradient; None for all
-    seqlen: int = 64 # their first tokens; None for all
+    samples: int | None = 10 # calibration windows for the gradient; None for all
+    seqlen: int | None = 64 # their first tokens; None for all
     vectorize: bool = False # add signed terms within a row or column
 
     def check(self):

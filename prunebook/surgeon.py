@@ -22,6 +22,7 @@ from .evaluate import window_losses
 from .methods import Method
 from .models import blocks, decoder_linears, n_parameters
 from .plan import global_steps, keep_after, model_fingerprint, write_atomic
+from .repair import as_double, double_device
 from .scores import module_names, with_bias
 from .text import Windows
 
@@ -33,7 +34,8 @@ def row_costs(
     table=None, # rows that go together, (units, rows); each row alone by default
 ):
     "Least rise of the loss when rows become zero and the others adapt (eq. rowcost), float64, (units,). Of columns: `row_costs(W.T, G, inverse of A)`."
-    W, A = W.double(), A.double()
+    W, A = as_double(W), as_double(A)
+    if table is not None: table = table.to(W.device)
     if table is None or table.shape[1] == 1:
         r = slice(None) if table is None else table[:, 0]
         return .5*((W[r] @ A)*W[r]).sum(1)/inverse.diag()[r]
@@ -49,7 +51,7 @@ def remove_rows(
     correlate=True, # let them go together; otherwise each as if it went alone
 ):
     "W with some rows zero and the others adapted (eq. rowupdate), float64. For columns: `remove_rows(W.T, inverse of A, columns).T`."
-    W = W.double()
+    W, rows = as_double(W), rows.to(double_device(W.device))
     if len(rows) == 0: return W
     cross, block = inverse[:, rows], inverse[rows][:, rows]
     M = torch.linalg.solve(block, W[rows]) if correlate else W[rows]/block.diag()[:, None]   # (r, in)
@@ -86,10 +88,11 @@ def remove_structures(
     correlate=True, # let them go together; otherwise each as if it went alone
 ):
     "W with some rows and columns zero and the rest adapted (eq. joint), float64."
-    W, gone = W.double().clone(), [torch.zeros(n, dtype=bool, device=W.device) for n in W.shape]
+    W = as_double(W).clone()
+    gone = [torch.zeros(n, dtype=bool, device=W.device) for n in W.shape]
     gone[0][rows], gone[1][columns] = True, True
     if inverses is not None:
-        r, c, A, G = inverses
+        r, c, A, G = (t.to(W.device) for t in inverses)
         V = remove_rows(W[r][:, c].T, A, gone[1][c].nonzero().flatten(), correlate).T
         W[r.nonzero(), c.nonzero().T] = remove_rows(V, G, gone[0][r].nonzero().flatten(), correlate)
     W[gone[0]] = 0; W[:, gone[1]] = 0
@@ -126,9 +129,9 @@ def structure_costs(
     inverses=None, # damped inverses of `A` and of `G`, for `surgeon`
 ):
     "Cost of every row and of every column, float64, (out,) and (in,)."
-    W = W.double()
+    W = as_double(W)
     if cost == 'magnitude': return W.norm(dim=1), W.norm(dim=0)
-    A, G = A.double(), G.double()
+    A, G = as_double(A), as_double(G)
     if cost == 'l_obd': return .5*W**2 @ A.diag(), .5*(W**2).sum(0)*A.diag()
     if cost == 'k_obd': return .5*((W @ A)*W).sum(1)*G.diag(), .5*((G @ W)*W).sum(0)*A.diag()
     return row_costs(W, A, inverses[1]), row_costs(W.T, G, inverses[0])
@@ -162,7 +165,9 @@ def save_state(
     "Write the decoder's weights and some values so that a reader sees the old file or the new."
     prefix = blocks(model)[0] + '.'
     weights = {n: t for n, t in model.state_dict().items() if n.startswith(prefix)}
-    write_atomic(path, lambda file: torch.save(dict(key=key, weights=weights, **content), file))
+    def write(file):
+        with open(file, 'wb') as f: torch.save(dict(key=key, weights=weights, **content), f)          # by name it refuses some names
+    write_atomic(path, write)
 
 # %% ../nbs/52_surgeon.ipynb #e89de7f8
 def load_state(
@@ -173,8 +178,10 @@ def load_state(
     if path is None or not Path(path).exists(): return None
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} is not a state of LLM Surgeon ({type(e).__name__}); delete it or name another file.') from e
-    found = state.get('key', {}) if isinstance(state, dict) else {}
-    if other := [k for k in {**key, **found} if key.get(k) != found.get(k)]: raise ValueError(f'{path} belongs to another run: {", ".join(other)} differ(s); delete it or name another file.')
+    if not (isinstance(state, dict) and isinstance(state.get('key'), dict) and isinstance(state.get('weights'), dict) and isinstance(state.get('done'), int)):
+        raise ValueError(f'{path} is not a state of LLM Surgeon (it has no key, weights and number of shots); delete it or name another file.')
+    found = state['key']
+    if other := [str(k) for k in {**key, **found} if key.get(k) != found.get(k)]: raise ValueError(f'{path} belongs to another run: {", ".join(other)} differ(s); delete it or name another file.')
     return state
 
 # %% ../nbs/52_surgeon.ipynb #2a095e40
@@ -273,8 +280,8 @@ def _inverse(known, factors, name, side, damp, device):
     M = getattr(factors[name], side)
     inverse = None if known is None else known.get((name, side))
     if inverse is None: inverse = damped_inverse(M.to(device), damp)
-    if known is not None: known[name, side] = inverse.to(M.device)
-    return inverse.to(device)
+    if known is not None: known[name, side] = inverse.to(double_device(M.device))
+    return inverse.to(double_device(device))
 
 # %% ../nbs/52_surgeon.ipynb #c5646d4f
 def unit_costs(
@@ -292,8 +299,8 @@ def unit_costs(
         W = with_bias(model.get_submodule(n))
         A, G, t = factors[n].A.to(W.device), factors[n].G.to(W.device), t.to(W.device)
         if side == 'A': W, A, G = W.T, G, A
-        alive = (G.diag()[t] > 0).any(1)
-        cost += (row_costs(W, A, _inverse(known, factors, n, side, damp, W.device), t)*alive).cpu()
+        alive = (G.diag()[t] > 0).any(1)                   # what saw no input, or no gradient, costs nothing
+        cost += row_costs(W, A, _inverse(known, factors, n, side, damp, W.device), t).cpu()*alive.cpu()
     return cost
 
 # %% ../nbs/52_surgeon.ipynb #b38f9036
@@ -335,7 +342,7 @@ def low_rank_step(
 ):
     "Change of a weight of low rank that lowers the quadratic model of the loss most (eq. correction), float64, (out, in), and by how much."
     left, right = (torch.linalg.cholesky(damped_inverse(M, damp)) for M in (G, A))           # inverse = K Kᵀ, K in the place of L⁻ᵀ
-    P, s, Q = torch.linalg.svd(left.T @ slope.double() @ right, full_matrices=False)
+    P, s, Q = torch.linalg.svd(left.T @ as_double(slope) @ right, full_matrices=False)
     return -left @ (P[:, :rank]*s[:rank]) @ Q[:rank] @ right.T, .5*s[:rank].square().sum().item()
 
 # %% ../nbs/52_surgeon.ipynb #9c04934f
@@ -389,7 +396,7 @@ def correct(
     before, slopes = loss_slopes(model, windows, list(factors), batch_size)
     old = {n: with_bias(model.get_submodule(n)).clone() for n in factors}
     steps = {n: _living_step(old[n], slopes[n], f, rank, damp) for n, f in factors.items()}
-    fall, length = -sum((slopes[n].double()*D.double()).sum().item() for n, D in steps.items()), 1.
+    fall, length = -sum((as_double(slopes[n])*as_double(D)).sum().item() for n, D in steps.items()), 1.
     for _ in range(tries):
         for n, D in steps.items(): set_weight(model.get_submodule(n), old[n] + length*D)
         after = window_losses(model, windows, batch_size).mean().nan_to_num(float('inf')).item()
@@ -428,6 +435,7 @@ class Surgeon(Method):
     state: str = None # file that keeps every finished shot, so that an interrupted run goes on from there
     reuse: bool = True # keep inverses from the costs to the update: faster, but twice the memory of the factors
     correction: int = 0 # rank of the first-order correction after each shot; 0 for none
+    spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
 
 # %% ../nbs/52_surgeon.ipynb #3654361b
 @patch
@@ -449,13 +457,13 @@ def names(self:Surgeon, table):
 def shot(self:Surgeon, model, windows, sparsity):
     "Remove a fraction of what is left, in place; kept units and costs, by coupling name."
     linears = lambda: n_parameters(decoder_linears(model).values())
-    table, total = couplings(model, self.units), linears()
+    table, total = self.table(model), linears()
     kept, scores = {c.name: torch.arange(c.n_units) for c in table}, {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
     factors = curvature(model, windows, self.batch_size, self.names(table), self.store, checkpoint=self.checkpoint)
     for i in range(self.rounds):
         needed = sparsity*total*(i + 1)/self.rounds - (total - linears())
         if needed <= 0: continue
-        table, known = couplings(model, self.units), {} if self.reuse else None
+        table, known = self.table(model), {} if self.reuse else None
         costs = {c.name: unit_costs(model, c, factors, self.damp, self.cost == 'tied', known) for c in table}
         steps = global_steps(table, costs, needed/linears(), linears())
         for c in table:
@@ -470,7 +478,7 @@ def shot(self:Surgeon, model, windows, sparsity):
 @patch
 def run(self:Surgeon, model, windows, sparsity):
     linears = lambda: n_parameters(decoder_linears(model).values())
-    total, kept = linears(), {c.name: list(range(c.n_units)) for c in couplings(model, self.units)}
+    total, kept = linears(), {c.name: list(range(c.n_units)) for c in self.table(model)}
     run = dict(done=0, kept=kept, scores={n: torch.zeros(len(k), dtype=torch.float64) for n, k in kept.items()})
     parts = shares(windows, self.shots if self.fresh else 1)
     key = run_key(model, windows, sparsity=sparsity, **{k: v for k, v in self.settings().items() if k != 'state'})

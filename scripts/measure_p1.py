@@ -67,7 +67,7 @@ def depth2():
     for s in ('random', 'identity'): yield f'depth2-mlp-none-{s}', Depth2(reconstruct='none', sigma=s, form='paper' if s == 'identity' else 'measured'), .2, 'random', 32
     yield 'depth2-mlp-kept_columns-self', Depth2(), .2, 'self', 32, 24
     yield 'depth2-values-mlp-kept_columns', Depth2(units=VALUES), .2, 'wikitext2'
-    heads = dict(units=('query_head',), n_heads=45, blocks=(4, 28), reconstruct='none')    # a sixth of all query heads
+    heads = dict(units=('query_head',), n_heads=45, spare=(4, 2), reconstruct='none')    # a sixth of all query heads
     yield 'depth2-heads-similarity', Depth2(**heads), .03, 'wikitext2', 32
     for seed in range(5): yield f'depth2-heads-random-{seed}', Depth2(heads='random', seed=seed, **heads), .03, 'wikitext2', 32
     yield 'depth2-published', Depth2.published(), .2, 'wikitext2'

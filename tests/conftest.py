@@ -50,3 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+def pytest_configure(config): config.addinivalue_line('markers', 'fault(what, outcome): what goes wrong and what is promised, for the page "What can go wrong"')

@@ -68,7 +68,7 @@ def test_calibration_of_one_method(folder, written):
     cells = read_grid(written(grid(folder, methods=methods)))
     assert cells['random-0.2-0'].calibration == WINDOWS and cells['other-0.2-0'].calibration == {**WINDOWS, 'n': 2}
     methods['other']['calibration']['words'] = 3
-    with pytest.raises(ValueError, match='other is calibrated on'): read_grid(written(grid(folder, methods=methods)))
+    with pytest.raises(ValueError, match='other: calibration is'): read_grid(written(grid(folder, methods=methods)))
 
 
 @pytest.mark.parametrize('content, words', [('a: [', 'not YAML'), ('', 'not a grid'), ('- a', 'not a grid')])

@@ -2,7 +2,6 @@
 import copy
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -430,10 +429,10 @@ def test_a_killed_run_goes_on(tmp_path):
     p = start(tmp_path, log, out, .3)
     deadline = time.time() + 600
     while not (log.exists() and log.read_bytes().count(b'\n') >= 6) and time.time() < deadline and p.poll() is None: time.sleep(.02)
-    p.send_signal(signal.SIGKILL)
+    p.kill()
     p.communicate()
     before = log.read_bytes()
-    assert p.returncode == -signal.SIGKILL and not out.exists() and 6 <= before.count(b'\n') < 30
+    assert p.returncode and not out.exists() and 6 <= before.count(b'\n') < 30
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                                      # the last line may be torn
         _, plan = prune(tiny_model('llama'), windows(), Bonsai(**{**QUICK, 'evaluations': 16}, log=str(log)), .2)

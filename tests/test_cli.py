@@ -90,8 +90,8 @@ def test_prune_gives_what_the_library_gives(folders, run, tmp_path):
     small, _, plan = load_pruned(tmp_path/'a', device='cpu')
     from prunebook.fasp import FASP
     from prunebook.models import load_model
-    model, _ = load_model(folders['dense'], 'cpu', torch.float32)
-    expected, p = methods.prune(model, text_module.random_tokens(model, 4, 32, 3), FASP(units=('value_channel', 'mlp_channel'), damp=.1), .2)
+    model, tokenizer = load_model(folders['dense'], 'cpu', torch.float32)
+    expected, p = methods.prune(model, text_module.load_windows('random', model, tokenizer, 4, 32, 3), FASP(units=('value_channel', 'mlp_channel'), damp=.1), .2)
     assert plan == p
     with torch.no_grad(): assert torch.equal(small(torch.arange(3, 30)[None]).logits, expected(torch.arange(3, 30)[None]).logits)
 
@@ -173,12 +173,11 @@ def test_a_second_run_needs_force(folders, run, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ['small']
 
 
-def test_a_model_may_take_its_own_place(folders, run, tmp_path, tiny_tokenizer):
-    model = tiny_model('llama')
-    save_pruned(model, None, tmp_path/'m', tiny_tokenizer)
+def test_a_model_cannot_take_its_own_place(folders, run, tmp_path, tiny_tokenizer, untouched):
+    save_pruned(tiny_model('llama'), None, tmp_path/'m', tiny_tokenizer)
     code, _, err = run('prune', tmp_path/'m', '--out', tmp_path/'m', '--force', '--text', 'random', '--n', '2', '--seqlen', '16')
-    assert code == 0, err
-    assert load_pruned(tmp_path/'m', device='cpu')[0].model.layers[0].mlp.down_proj.in_features < 37
+    assert code == 2 and 'the model that is read' in error(err)
+    assert load_pruned(tmp_path/'m', device='cpu')[0].model.layers[0].mlp.down_proj.in_features == 37
 
 
 def test_a_failing_run_keeps_what_was_there(folders, run, tmp_path, monkeypatch):
@@ -391,7 +390,7 @@ def test_help_lists_every_option_with_its_comment(command, capsys):
     assert f'usage: prunebook {command}' in out and squeeze(COMMANDS[command].__doc__) in out
     for name, comment in docments(COMMANDS[command], returns=False).items():
         assert comment, f'{name} has no comment'
-        assert (name if name in ('model', 'grid') else f'--{name}') in out and squeeze(comment) in out
+        assert (name if name in ('model', 'grid', 'folder') else f'--{name}') in out and squeeze(comment) in out
 
 
 @pytest.mark.parametrize('flag', ['-h', '--help'])

@@ -138,7 +138,7 @@ def test_refusals():
     with pytest.raises(ValueError, match='vocabulary'): curvature(m, Windows(torch.full((1, 4), 97), 'wrong'))
     for bad in (float('nan'), float('inf')):
         sick = copy.deepcopy(m); sick.lm_head.weight.data[3, 3] = bad
-        with pytest.raises(ValueError, match='down_proj has NaN or infinite gradients'): curvature(sick, w, names=['model.layers.2.mlp.down_proj'])
+        with pytest.raises(ValueError, match='gradients at the outputs of .*down_proj: .* in torch.float32'): curvature(sick, w, names=['model.layers.2.mlp.down_proj'])
 
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
@@ -219,5 +219,5 @@ def test_damped_inverse(damp):
     M = spd(6)
     assert torch.allclose(damped_inverse(M.float(), damp), (M + damp*M.diag().mean()*torch.eye(6)).inverse(), rtol=1e-4)
     assert torch.allclose(damped_inverse(8*M, damp), damped_inverse(M, damp)/8)
-    with pytest.raises(ValueError, match='larger damp'): damped_inverse(torch.zeros(4, 4), damp)
+    assert torch.equal(damped_inverse(torch.zeros(4, 4), damp), torch.eye(4, dtype=torch.float64))           # nothing was seen
     with pytest.raises(ValueError, match='larger damp'): damped_inverse(torch.diag(torch.tensor([1., -2.])), 0)

@@ -156,7 +156,7 @@ def test_too_few_or_too_many_heads_are_refused_before_anything_changes():
     state = {n: t.clone() for n, t in m.state_dict().items()}
     with pytest.raises(ValueError, match='n_heads asks for'): prune(m, w, Depth2(units=('query_head',), n_heads=99, reconstruct='none'), .01, inplace=True)
     with pytest.raises(ValueError, match='less than sparsity'): prune(m, w, Depth2(units=('query_head',), n_heads=0, reconstruct='none'), .1, inplace=True)
-    with pytest.raises(ValueError, match='range of blocks'): prune(m, w, Depth2(blocks=(2, 9)), .1, inplace=True)
+    with pytest.raises(ValueError, match='leaves none of the 3 blocks'): prune(m, w, Depth2(spare=(2, 9)), .1, inplace=True)
     assert all(torch.equal(t, state[n]) for n, t in m.state_dict().items())
 
 
@@ -320,7 +320,7 @@ def test_random_heads_depend_on_the_seed_alone():
 
 def test_only_the_named_blocks_change():
     m, w = tiny_model('llama'), windows()
-    small, plan = prune(m, w, Depth2.published(blocks=(1, 2), units=('mlp_channel',)), .1)
+    small, plan = prune(m, w, Depth2.published(spare=(1, 1), units=('mlp_channel',)), .1)
     assert set(plan.kept) == {'1.mlp_channel'} and plan.true_sparsity >= .1 - 1e-9
     for b in anatomy(m):
         same = torch.equal(m.get_submodule(b.mlp_second).weight, small.get_submodule(b.mlp_second).weight) if b.layer != 1 else False

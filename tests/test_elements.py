@@ -209,9 +209,12 @@ def test_dtype_and_nothing_to_do():
     assert keep.all() and torch.allclose(V, W, atol=.1*W.abs().max())
 
 
-@pytest.mark.parametrize('A', [torch.zeros(8, 8), torch.full((8, 8), math.nan)])
-def test_factors_that_say_nothing(A):
-    with pytest.raises(ValueError, match='mean of the diagonal'): prune_elements(torch.ones(4, 8), A, None, .5)
+def test_factors_that_say_nothing():
+    with pytest.raises(ValueError, match='mean of the diagonal'): prune_elements(torch.ones(4, 8), torch.full((8, 8), math.nan), None, .5)
+    W = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    V = prune_elements(W, torch.zeros(8, 8), None, .5)       # all inputs are zero: by magnitude, and nothing adapts
+    assert (V == 0).sum() == 16 and torch.allclose(V[V != 0], W[V != 0]) and W[V != 0].abs().min() > W[V == 0].abs().max()
+    assert not element_costs(W, torch.zeros(8, 8)).any()
 
 
 # ---- whole models ---------------------------------------------------------------------------------------------------

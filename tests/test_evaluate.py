@@ -1,11 +1,14 @@
 """Losses against transformers itself, errors against their formulas, and a zero-shot task of our own."""
+import ast
 import configparser
+import copy
 import functools
 import json
 import math
 import os
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +74,17 @@ def test_bfloat16_model_gets_float32_cross_entropy():
 def test_too_long_windows_are_refused():
     model = tiny_model('gpt2')
     with pytest.raises(ValueError, match='seqlen <= 64'): perplexity(model, random_tokens(model, n=1, seqlen=65))
+
+
+@pytest.mark.parametrize('family', ['gemma', 'llama'])
+def test_with_a_token_in_front_every_token_of_the_text_is_predicted_once(tiny_tokenizer, family):
+    model, text = tiny_model(family), 'Once upon a time there was a text of sixty characters in all'
+    w = load_windows([text], model, tiny_tokenizer, n=9, seqlen=16, evaluation=True)
+    ids, total = tiny_tokenizer(text, add_special_tokens=False).input_ids, 0.
+    assert len(ids) == 60 and len(w) == 4                  # four windows of 15 characters
+    with torch.no_grad():
+        for i, x in enumerate(ids): total -= model(torch.tensor([[1, *ids[i//15*15:i]]])).logits[0, -1].log_softmax(-1)[x].item()
+    assert perplexity(model, w).value == pytest.approx(math.exp(total/60), rel=1e-4)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -140,6 +154,64 @@ def test_peak_memory():
     assert m['extra'] < 130*2**20
     with peak_memory() as later: block[0] += 1             # held all the while, so not on top of the start
     assert later['extra'] < 20*2**20 and later['peak'] > 100*2**20
+
+
+def test_a_short_peak_is_seen():
+    if not may_reset(): pytest.skip('the mark of this system cannot be reset')
+    with peak_memory() as m:
+        before = evaluate._resident('VmRSS')
+        del_me = torch.ones(150, 1024, 1024, dtype=torch.uint8)
+        del del_me
+        after = evaluate._resident('VmRSS')
+    assert after - before < 30*2**20 < 140*2**20 < m['extra'] < 180*2**20                     # it was gone before the end
+
+
+def test_peak_memory_without_a_mark_that_can_be_reset(monkeypatch):
+    "As on macOS and Windows: never below the truth, and what the process held before is not counted as extra."
+    held = torch.ones(64, 1024, 1024, dtype=torch.uint8)
+    real = os.path.exists
+    monkeypatch.setattr(evaluate.os.path, 'exists', lambda p: p != '/proc/self/clear_refs' and real(p))
+    with peak_memory() as m: block = torch.ones(100, 1024, 1024, dtype=torch.uint8)
+    assert m['extra'] > 90*2**20 and m['peak'] - m['extra'] > held.numel() + 50*2**20
+    assert m['peak'] > block.numel() + held.numel()
+
+
+WITHOUT = """
+import builtins, importlib, pkgutil, sys
+real = builtins.__import__
+def of_windows(name, globals=None, locals=None, fromlist=(), level=0):
+    if name in ('resource', 'fcntl', 'pwd', 'grp', 'termios', 'readline') and str((globals or {}).get('__name__', '')).startswith('prunebook'):
+        raise ModuleNotFoundError(f'No module named {name!r}')
+    return real(name, globals, locals, fromlist, level)
+builtins.__import__ = of_windows
+import prunebook
+names = [m.name for m in pkgutil.iter_modules(prunebook.__path__)]
+assert 'evaluate' in names and len(names) > 15
+for n in names: importlib.import_module(f'prunebook.{n}')
+"""
+
+
+def test_everything_imports_without_the_modules_that_windows_lacks():
+    done = subprocess.run([sys.executable, '-c', WITHOUT], capture_output=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def opened_as_text(source):
+    "Lines where a file is opened as text without naming the encoding."
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call): continue
+        name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+        mode = node.args[isinstance(node.func, ast.Name):][:1] if name == 'open' else []      # open(path, mode), path.open(mode)
+        binary = any(isinstance(a, ast.Constant) and 'b' in str(a.value) for a in mode)
+        if name in ('open', 'read_text', 'write_text') and 'encoding' not in [k.arg for k in node.keywords] and not binary: yield node.lineno
+
+
+def test_text_files_are_opened_as_utf8():
+    "On Windows the default is another encoding."
+    assert list(opened_as_text("open('b')\nopen('a', 'rb')\nopen('a', 'w', encoding='utf-8')\np.read_text()\np.write_text('b')\np.open('b')")) == [1, 4, 5]
+    modules = [p for p in Path(evaluate.__file__).parent.glob('*.py') if p.stem != 'models']
+    assert len(modules) > 15
+    assert {p.name: lines for p in modules if (lines := list(opened_as_text(p.read_text(encoding='utf-8'))))} == {}
 
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'opt', 'mistral'])
@@ -338,6 +410,22 @@ def test_zero_shot_of_a_rigged_model(only_ours, offline, tiny_tokenizer, answer,
     assert r['acc,none'] == acc
     n = limit or 4
     assert r['acc_stderr,none'] == pytest.approx(math.sqrt(acc*(1 - acc)/(n - 1)))
+
+
+@pytest.mark.parametrize('adds', [True, False])
+def test_zero_shot_begins_as_the_tokenizer_does(only_ours, offline, tiny_tokenizer, monkeypatch, adds):
+    "Whatever the release of lm_eval does by itself: 0.4.9 leaves the token out, later ones ask the tokenizer."
+    import lm_eval.models.huggingface as harness
+    from tokenizers.processors import TemplateProcessing
+    plain, model, read = copy.deepcopy(tiny_tokenizer), tiny_model('llama'), []
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single='$A', special_tokens=[])
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.extend(args[0].tolist()))
+
+    class Old(harness.HFLM):
+        def __init__(self, *args, add_bos_token=not adds, **kw): super().__init__(*args, add_bos_token=add_bos_token, **kw)
+    monkeypatch.setattr(harness, 'HFLM', Old)
+    zero_shot(model, tiny_tokenizer if adds else plain, 'prunebook_yes_no', only_ours)
+    assert len(read) >= 4 and all((row[0] == 1) == adds and 1 not in row[1:] for row in read)
 
 
 @pytest.mark.parametrize('missing', ['lm_eval', 'lm_eval.models.huggingface', 'accelerate'])

@@ -10,8 +10,13 @@ from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook import plan as plan_module
 from prunebook.couplings import Coupling, check_kept, couplings, slice_units
+from prunebook.methods import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
-from prunebook.plan import PrunePlan, bundles, check_sparsity, global_steps, keep_after, model_fingerprint, uniform_steps, write_atomic
+from prunebook.plan import PrunePlan, bundles, check_sparsity, check_writable, global_steps, keep_after, model_fingerprint, tensor_sums, uniform_steps, write_atomic
+from prunebook.save import load_pruned, save_pruned
+from prunebook.scores import Random
+from prunebook.text import random_tokens
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -183,18 +188,72 @@ def test_unreachable_sparsity_says_what_can_be_reached():
 
 names = st.builds(lambda i, k: f'{i}.{k}', st.integers(0, 99), st.sampled_from(['mlp_channel', 'value_channel']))
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+kept = st.dictionaries(names, st.lists(st.integers(0, 99), unique=True))
 plans = st.builds(PrunePlan, method=st.text(), settings=st.dictionaries(st.text(), st.none() | st.booleans() | numbers | st.text() | st.lists(st.text())),
-                  sparsity=numbers, kept=st.dictionaries(names, st.lists(st.integers(0, 10**6))), units=st.dictionaries(names, st.integers(1, 10**6)), model=st.text(),
-                  calibration=st.text(), true_sparsity=numbers, scores=st.dictionaries(names, st.lists(numbers)), versions=st.dictionaries(st.text(), st.text()))
+                  sparsity=numbers, kept=kept, units=st.just({}), model=st.text(),
+                  calibration=st.text(), true_sparsity=numbers, scores=st.dictionaries(names, st.lists(st.none() | numbers | st.integers())), versions=st.dictionaries(st.text(), st.text()))
 
 
 @given(plans)
 def test_json_round_trip(tmp_path_factory, plan):
+    plan.units = dict.fromkeys(plan.kept, 100)
     path = tmp_path_factory.mktemp('plan')/'plan.json'
     try: plan.save(path)
     except UnicodeEncodeError: return                       # not Unicode: no file, no half file
     finally: assert [p.name for p in path.parent.iterdir()] in ([], ['plan.json'])
     assert PrunePlan.load(path) == plan
+
+
+GOOD = dict(method='m', settings={}, sparsity=.5, kept={'0.mlp_channel': [0, 2]}, units={'0.mlp_channel': 4}, model='')
+
+@pytest.mark.parametrize('field, value, words', [
+    ('kept', None, 'expected a dict, got NoneType'), ('kept', {'0.mlp_channel': None}, 'expected a list, got NoneType'), ('kept', {'0.mlp_channel': [.5]}, 'expected int, got float'),
+    ('kept', {'0.mlp_channel': ['1']}, 'expected int, got str'), ('kept', {'0.mlp_channel': [True]}, 'expected int, got bool'), ('kept', {'0.mlp_channel': [[0]]}, 'expected int, got list'),
+    ('kept', {'0.mlp_channel': [4]}, 'has no unit 4'), ('kept', {'0.mlp_channel': [-1]}, 'has no unit -1'), ('kept', {'0.mlp_channel': [1, 1]}, 'keeps a unit twice'),
+    ('kept', {'1.mlp_channel': [1]}, 'not among units'), ('units', {'0.mlp_channel': 2.}, 'expected int, got float'), ('sparsity', '0.5', 'sparsity'), ('sparsity', True, 'sparsity'),
+    ('settings', [], 'expected a dict, got list'), ('scores', {'0.mlp_channel': [{}]}, 'scores'), ('model', None, 'expected str, got NoneType'), ('surplus', 1, "unknown field 'surplus'")])
+def test_a_field_of_another_kind_is_named(tmp_path, field, value, words):
+    (tmp_path/'x.json').write_text(json.dumps(GOOD))
+    assert PrunePlan.load(tmp_path/'x.json').kept == GOOD['kept']
+    (tmp_path/'x.json').write_text(json.dumps({**GOOD, field: value}))
+    with pytest.raises(ValueError, match='x.json is not a pruning plan') as e: PrunePlan.load(tmp_path/'x.json')
+    assert words in str(e.value) and str(e.value).count('\n') == 0
+
+
+@pytest.mark.parametrize('field', [f for f in GOOD if f != 'settings'])
+def test_a_missing_field_is_named(tmp_path, field):
+    (tmp_path/'x.json').write_text(json.dumps({k: v for k, v in GOOD.items() if k != field}))
+    with pytest.raises(ValueError, match=f"field '{field}' is missing"): PrunePlan.load(tmp_path/'x.json')
+
+
+def test_deep_nesting_is_one_sentence(tmp_path):
+    for text in ('['*100000 + ']'*100000, json.dumps(GOOD)[:-1] + ', "scores": ' + '{"a":'*100000 + '1' + '}'*100001):
+        (tmp_path/'x.json').write_text(text)
+        with pytest.raises(ValueError, match='x.json is not a pruning plan .*nested too deeply'): PrunePlan.load(tmp_path/'x.json')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_a_plan_is_strict_json_or_no_file(tmp_path, value):
+    for field, content in (('scores', {'0.mlp_channel': [1., value]}), ('sparsity', value), ('settings', {'damp': value}), ('settings', {'device': torch.device('cpu')})):
+        plan = PrunePlan(**{**GOOD, field: content})
+        with pytest.raises(ValueError, match='finite, plain values'): plan.save(tmp_path/'x.json')
+        assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_json_does_not_have_are_read_as_none(tmp_path):
+    "Files that were written before: a missing score is null, and anything else is refused."
+    (tmp_path/'x.json').write_text(json.dumps({**GOOD, 'scores': {'0.mlp_channel': [1., float('nan')]}}))
+    assert PrunePlan.load(tmp_path/'x.json').scores == {'0.mlp_channel': [1., None]}
+    (tmp_path/'x.json').write_text(json.dumps({**GOOD, 'sparsity': float('nan')}))
+    with pytest.raises(ValueError, match='sparsity'): PrunePlan.load(tmp_path/'x.json')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_is_not_finite_is_not_sorted(value):
+    c, scores = coupling(0, 'mlp_channel', 6, 1), torch.arange(6.)
+    scores[3] = value
+    for f in (lambda: keep_after(c, scores, 2), lambda: keep_after(c, scores, 0), lambda: bundles(c, scores), lambda: global_steps([c], {c.name: scores}, .1, 6)):
+        with pytest.raises(ValueError, match='scores of 0.mlp_channel: .*; load the model in bfloat16 or float32'): f()
 
 
 def example(model, kinds=('value_channel', 'mlp_channel')):
@@ -329,7 +388,63 @@ def test_fingerprint_ignores_what_is_not_the_model():
     m.train().requires_grad_(False)
     m.generation_config.max_new_tokens = 3
     assert model_fingerprint(m) == before == model_fingerprint(copy.deepcopy(m))
+    m.config.name_or_path, m.config.use_cache, m.config.architectures, m.config.attention_dropout = 'elsewhere', False, ['PrunedLlamaForCausalLM'], .1
+    m.config._attn_implementation = 'eager'
+    assert model_fingerprint(m) == before
     assert len({before, model_fingerprint(tiny_model('llama', intermediate_size=38)), model_fingerprint(tiny_model('mistral')), model_fingerprint(tiny_model('llama', seed=2))}) == 4
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_fingerprint_survives_saving(family, tmp_path):
+    m = tiny_model(family)
+    m.save_pretrained(tmp_path)
+    assert model_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) == model_fingerprint(m)
+    for units in ('mlp_channel', 'value_channel' if family == 'gemma' else 'kv_group'):       # pruned: in memory, the configuration has the old widths
+        small, _ = prune(m, random_tokens(m, 2, 8), Random(units=(units,)), .2)
+        save_pruned(small, None, tmp_path/units)
+        assert model_fingerprint(load_pruned(tmp_path/units, 'cpu')[0]) == model_fingerprint(small) != model_fingerprint(m)
+
+
+def test_fingerprint_sees_how_rows_are_heads():
+    "The same tensors, cut into heads otherwise."
+    few = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)).eval()
+    many = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)).eval()
+    many.load_state_dict(few.state_dict())
+    assert model_fingerprint(few) != model_fingerprint(many)
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_fingerprint_sees_every_value_and_the_configuration(family):
+    m, found = tiny_model(family), {model_fingerprint(tiny_model(family))}
+    for n, p in m.named_parameters():                       # the last value of every tensor, one after the other
+        p.data.view(-1)[-1] += .1
+        found.add(model_fingerprint(m))
+    assert len(found) == 1 + len(list(m.parameters()))
+    weight = next(iter(decoder_linears(m).values())).weight.data
+    weight[[0, 1]] = weight[[1, 0]]                          # values that change places
+    assert model_fingerprint(m) not in found
+    for change in (dict(rope_theta=5e5), dict(rms_norm_eps=1e-3), dict(layer_norm_eps=1e-3), dict(layer_norm_epsilon=1e-3), dict(hidden_act='relu'), dict(sliding_window=4)):
+        key = next(iter(change))
+        if key == 'sliding_window' and family != 'mistral': continue                          # Qwen does not use it unless told
+        if key == 'rope_theta' and hasattr(m.config, 'rope_parameters') or hasattr(m.config, key): assert model_fingerprint(tiny_model(family, **change)) not in found, change
+
+
+@given(st.integers(1, 5000), st.integers(0, 99), st.integers(1, 300))
+def test_sums_of_a_tensor_see_one_change_anywhere(n, seed, size):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=gen)
+    y = x.clone()
+    y[int(torch.randint(n, (1,), generator=gen))] += 1
+    assert tensor_sums(x, size) == tensor_sums(x.bfloat16(), size) == tensor_sums(x.bfloat16().half(), size) != tensor_sums(y, size)
+    assert tensor_sums(torch.stack([x, y], 1)[:, 0], size) == tensor_sums(x, size)         # whatever its strides
+
+
+@pytest.mark.parametrize('path, words', [('.', 'it is a folder'), ('file/log.json', 'is not a folder'), ('x'*300, 'too long')])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, path, words):
+    (tmp_path/'file').write_text('old')
+    with pytest.raises(ValueError, match=f'cannot be written .*{words}.*; name another file'): check_writable(tmp_path/path)
+    check_writable(tmp_path/'new'/'er'/'log.json'); check_writable(tmp_path/'file')
+    assert only(tmp_path, 'file', 'old')
 
 
 def test_a_plan_with_wrong_units_changes_nothing():

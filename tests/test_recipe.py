@@ -168,14 +168,21 @@ def test_log(tmp_path, monkeypatch):
     windows, log = random_tokens(model, n=4, seqlen=24), tmp_path/'probes.json'
     first = prune(model, windows, Recipe(log=str(log)), .2)[1]
     monkeypatch.setattr(Recipe, 'probes', lambda *a: pytest.fail('probed again'))
+    whole = json.loads(log.read_text())
     assert prune(model, windows, Recipe(log=str(log)), .2)[1].kept == first.kept
     prune(model, windows, Recipe(log=str(log), trust=0), .3)
     with pytest.raises(ValueError, match='calibration differ'): prune(model, random_tokens(model, n=5, seqlen=24), Recipe(log=str(log)), .2)
     with pytest.raises(ValueError, match='shares differ'): prune(model, windows, Recipe(log=str(log), shares=(.5,)), .2)
     log.write_text('{"key"')
     with pytest.raises(ValueError, match='not a file of probes'): prune(model, windows, Recipe(log=str(log)), .2)
-    log.write_text('[]')
+    for wrong in ('[]', '{"key": 5}', '{"key": {}, "probes": 3}', '{"key": {}, "probes": {"0.mlp_channel": [5]}}', '{"key": {}, "probes": {"0.mlp_channel": [[1, NaN]]}}', '['*99999):
+        log.write_text(wrong)
+        with pytest.raises(ValueError, match='not a file of probes'): prune(model, windows, Recipe(log=str(log)), .2)
+    log.write_text('{"key": {}, "probes": {}}')
     with pytest.raises(ValueError, match='belongs to another run'): prune(model, windows, Recipe(log=str(log)), .2)
+    for wrong in ({}, {'0.mlp_channel': [[1]]}):             # probes of other couplings
+        log.write_text(json.dumps({**whole, 'probes': {**(whole['probes'] if wrong else {}), **wrong}}))
+        with pytest.raises(ValueError, match='has no probes of 0'): prune(model, windows, Recipe(log=str(log)), .2)
 
 
 @pytest.mark.parametrize('settings, words', [(dict(allocation='fair'), "allocation is 'fair'"), (dict(score='best'), "score is 'best'"), (dict(measure_windows=0), 'measure_windows is 0'),
