@@ -196,7 +196,7 @@ def main(argv=None):
     if args.others:
         modes, quarter = other_modes(), turn()%4 if args.quarter is None else args.quarter
         jobs += quarter_jobs(paths, modes, quarter)
-        print(f'all in the default mode; quarter {quarter} in {" and ".join(modes)}, {args.seconds:.0f} s each (--quarter {quarter} does it again)')
+        print(f'all in {" and ".join(args.mode)}; quarter {quarter} in {" and ".join(modes)}, {args.seconds:.0f} s each (--quarter {quarter} does it again)')
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         passed = list(pool.map(lambda ij: test(*ij[1], f'[{ij[0]}/{len(jobs)}]', args), enumerate(jobs, 1)))
     failed = [f'{p.name} ({m})' for (p, m), ok in zip(jobs, passed) if not ok]

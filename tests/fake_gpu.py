@@ -104,6 +104,7 @@ class GPUTensor(torch.Tensor):
     def tolist(self): return self.cpu().tolist()
     def item(self): return self.cpu().item()
     def data_ptr(self): return self.inner.data_ptr()
+    def untyped_storage(self): return self.inner.untyped_storage()
 
     # lists in an index become tensors on the device; PyTorch makes them where no emulation sees it
     def _indices(self, index):

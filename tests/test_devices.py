@@ -129,3 +129,10 @@ def test_a_model_loaded_first_on_the_device():
         tiny_model('llama').save_pretrained(folder)
         out = subprocess.run([sys.executable, '-c', code, folder], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert float(out.stdout) == 1.
+
+
+def test_saving_from_the_device(tmp_path):
+    model = tiny_model('qwen2')
+    with FakeGPU(): model.to('gpu:0').save_pretrained(tmp_path)
+    again, model = type(model).from_pretrained(tmp_path), tiny_model('qwen2')
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
