@@ -588,7 +588,21 @@ def test_output_that_cannot_be_written(models, monkeypatch, capsys):
         monkeypatch.setattr('sys.stdout', full)
         assert main(['inspect', str(models/'dense')]) == 2
         monkeypatch.undo()
-        full.buffer.raw.close() if False else None
         try: full.close()
         except OSError: pass
     assert 'No space left' in capsys.readouterr().err
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+def test_the_page_shows_the_marks_of_today():
+    "Execute nbs/62_faults.ipynb again after a mark has changed."
+    tests = Path(__file__).parent
+    cells = json.loads((tests.parent/'nbs'/'62_faults.ipynb').read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells]
+    page = {}
+    for source in sources:
+        if source.startswith(('import ast', 'def faults')): exec(source, page)
+    shown = [''.join(o['data'].get('text/markdown', '')) for c, s in zip(cells, sources) if 'Markdown(table(' in s for o in c['outputs']]
+    rows = [f'| {fault} | {outcome} |' for fault, outcome in page['faults'](tests)]
+    assert len(shown) == 1 and shown[0].splitlines()[2:] == rows and len(rows) > 20
