@@ -200,7 +200,7 @@ def test_any_folder_of_transformers_loads(family, tmp_path, tiny_tokenizer):
     assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
 
 
-@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+@pytest.mark.parametrize('family', ['llama', 'qwen3'])
 def test_folders_of_version_0_1_load(saved, family):
     "Its narrow values were linears of two kinds of their own, its manifest held sizes."
     folder, m = saved('layout', family)
