@@ -211,7 +211,7 @@ GOOD = dict(method='m', settings={}, sparsity=.5, kept={'0.mlp_channel': [0, 2]}
     ('kept', {'0.mlp_channel': ['1']}, 'expected int, got str'), ('kept', {'0.mlp_channel': [True]}, 'expected int, got bool'), ('kept', {'0.mlp_channel': [[0]]}, 'expected int, got list'),
     ('kept', {'0.mlp_channel': [4]}, 'has no unit 4'), ('kept', {'0.mlp_channel': [-1]}, 'has no unit -1'), ('kept', {'0.mlp_channel': [1, 1]}, 'keeps a unit twice'),
     ('kept', {'1.mlp_channel': [1]}, 'not among units'), ('units', {'0.mlp_channel': 2.}, 'expected int, got float'), ('sparsity', '0.5', 'sparsity'), ('sparsity', True, 'sparsity'),
-    ('settings', [], 'expected a dict, got list'), ('scores', {'0.mlp_channel': [{}]}, 'scores'), ('model', None, 'expected str, got NoneType'), ('surplus', 1, "unknown field 'surplus'")])
+    ('settings', [], 'expected dict, got list'), ('scores', {'0.mlp_channel': [{}]}, 'scores'), ('model', None, 'expected str, got NoneType'), ('surplus', 1, "unknown field 'surplus'")])
 def test_a_field_of_another_kind_is_named(tmp_path, field, value, words):
     (tmp_path/'x.json').write_text(json.dumps(GOOD))
     assert PrunePlan.load(tmp_path/'x.json').kept == GOOD['kept']
