@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from huggingface_hub.dataclasses import type_validator
-from .couplings import couplings, couplings_of, check_kept, slice_units, weight_of
+from .couplings import anatomy, couplings, couplings_of, check_kept, family_of, slice_units, weight_of
 from .models import decoder_linears, n_parameters
 
 # %% ../nbs/04_plan.ipynb #d00r0002
@@ -131,11 +131,12 @@ def tensor_sums(
     return torch.stack([(part*factors[:len(part)]).sum() for part in words.split(size)]).cpu().tolist()
 
 def settings_of(
-    config, # configuration of a model
+    model, # a causal language model
 ):
-    "Its entries that are not those of an empty configuration of its class, without `LABELS`, switches of outputs, and dropout; a dict."
-    default = type(config)().to_dict()                      # a later version may have more entries
-    skip = lambda k: k in LABELS or k.startswith('output_') or 'drop' in k
+    "Entries of its configuration that are not those of an empty one, without `LABELS`, widths, switches of outputs, and dropout; a dict."
+    config, family = model.config, family_of(model)
+    default = type(config)().to_dict()                     # a later version may have more entries
+    skip = lambda k: k in {*LABELS, family.mlp_width, *family.heads, 'head_dim'} or k.startswith('output_') or 'drop' in k
     return {k: v for k, v in config.to_dict().items() if not skip(k) and (k not in default or v != default[k])}
 
 def model_fingerprint(
@@ -144,7 +145,8 @@ def model_fingerprint(
     "12 hexadecimal digits that depend on the configuration, and on the name, shape and all values of every tensor."
     saved = model.state_dict().keys()
     tensors = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in saved}}
-    content = [model.config.model_type, settings_of(model.config), [(n, list(t.shape), tensor_sums(t)) for n, t in sorted(tensors.items())]]
+    heads = [(b.head_dim, b.heads, b.kv_heads) for b in anatomy(model)]                      # as they are; the configuration of a pruned model still has the old numbers
+    content = [model.config.model_type, settings_of(model), heads, [(n, list(t.shape), tensor_sums(t)) for n, t in sorted(tensors.items())]]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
