@@ -6,8 +6,11 @@ PYTHON ?= python3
 # on a CUDA machine you may prefer `make TORCH=torch`, or to install the build you need into .venv yourself.
 TORCH ?= torch==2.13.0
 
-# Notebooks for `make test-notebooks`: all if empty, or for instance NB="15_repair 20_fasp".
+# Notebooks for `make test-notebooks`: all if empty, or for instance NB="15_repair 20_fasp"; the modes they run in, for instance
+# MODE="float32 gpu"; and the quarter (0 to 3) that runs in the other modes, too: by the number of commits if empty.
 NB ?=
+MODE ?= default
+QUARTER ?=
 
 VENV := .venv
 PY   := $(VENV)/bin/python
@@ -17,7 +20,7 @@ say   = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo test check-export check-clean check-readme docs-check bench-check \
-        test-notebooks test-unit selfcheck site-tools sync readme docs clean distclean
+        test-notebooks test-unit selfcheck gpu site-tools sync readme docs clean distclean
 
 help:  ## this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -91,9 +94,9 @@ bench-check: $(VENV)/.ready-dev  ## measure the smallest cell of each method aga
 	$(call say,Step bench-check: are the committed results of the smallest cells still true? (4 min on two cores))
 	@OMP_NUM_THREADS=1 $(VENV)/bin/prunebook bench results/smoke.yml --out results/smoke --check --jobs 2
 
-test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."
-	$(call say,Step test-notebooks: every notebook from top to bottom (about 15 min on two cores; the time of each below))
-	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB)
+test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."; a quarter in the other modes, too
+	$(call say,Step test-notebooks: every notebook from top to bottom (about 19 min on two cores; the time of each below))
+	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB) --mode $(MODE) $(if $(NB),,--others) $(if $(QUARTER),--quarter $(QUARTER))
 
 test-unit: $(VENV)/.ready-dev  ## run tests/
 	$(call say,Step test-unit: the tests in tests/ (about 4 min on two cores; the slowest are listed at the end))
@@ -102,6 +105,12 @@ test-unit: $(VENV)/.ready-dev  ## run tests/
 selfcheck: $(VENV)/.ready-dev  ## kill every command at every file operation, fill the disk, lay traps (test-unit does so too)
 	$(call say,Step selfcheck: faults and what is left after them (about 2 min))
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py -q -rs --durations=5
+
+# ---- measuring --------------------------------------------------------------------------------------------------------
+
+gpu: $(VENV)/.ready  ## measure on a CUDA GPU into results/gpu, at most 8 min a time; goes on where it stopped
+	$(call say,Measuring on the GPU (at most 8 min; needs a CUDA build: make TORCH=torch))
+	@$(PY) scripts/gpu_day.py
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
 

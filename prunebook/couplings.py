@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'KINDS', 'weight_of', 'Family', 'family_of', 'Block', 'anatomy', 'unwrapped', 'Coupling', 'couplings',
            'check_kept', 'removed_columns', 'masked', 'couplings_of', 'pad_heads', 'unpad_heads', 'FullHeads',
-           'NarrowValues', 'narrow_class', 'narrow_values', 'slice_units']
+           'NarrowValues', 'narrow_class', 'narrow_values', 'slice_coupling', 'slice_units']
 
 # %% ../nbs/03_couplings.ipynb #a7d74d2d
 import functools
@@ -80,11 +80,11 @@ class Block:
     def mlp_second(self): return self.path(self.family.mlp_second)
 
 # %% ../nbs/03_couplings.ipynb #a6402eb5
-def _read_block(model, i):
-    "The `Block` number `i`. Raises `ValueError` if its shapes are not those that a `Family` can describe."
-    family, (prefix, layers), cfg = family_of(model), blocks(model), model.config
-    size = lambda p: weight_of(layers[i].get_submodule(p)).shape
+def _read_block(model, prefix, i):
+    "The `Block` number `i` of the list `prefix`. Raises `ValueError` if its shapes are not those that a `Family` can describe."
+    family, layer, cfg = family_of(model), model.get_submodule(f'{prefix}.{i}'), model.config
     h = getattr(cfg, 'head_dim', None) or cfg.hidden_size//cfg.num_attention_heads
+    size = lambda p: weight_of(layer.get_submodule(p)).shape
     rows, columns = [size(p)[0] for p in family.qkv], size(family.out)[1]
     H, K = [max(1, (rows[0] - columns)//(2*h))]*2 if family.fused else (rows[0]//h, rows[1]//h)
     b = Block(i, f'{prefix}.{i}', family, h, H, K, columns//H, size(family.mlp_second)[1])
@@ -107,8 +107,9 @@ def _check_shapes(model, b, rows):
 def anatomy(
     model, # a causal language model of `transformers`
 ):
-    "The decoder blocks of `model`, a `Block` each. Raises `ValueError` for a model that no adapter describes."
-    return [_read_block(model, i) for i in range(len(blocks(model)[1]))]
+    "The decoder blocks of `model` as a list of `Block`. Raises `ValueError` for a model that no adapter describes."
+    prefix, layers = blocks(model)
+    return [_read_block(model, prefix, i) for i in range(len(layers))]
 
 # %% ../nbs/03_couplings.ipynb #2a7bb40c
 def unwrapped(
@@ -322,8 +323,32 @@ def narrow_values(
     "Let the family's own attention code run on narrow value heads."
     attention.narrow = dict(first=first, second=second, head_dim=head_dim, value_dim=value_dim, lead=lead)
     if not hasattr(attention, 'stock'): attention.__class__ = narrow_class(type(attention))
+    if '_old_forward' in vars(attention):                  # hooks of accelerate call what they have put aside
+        attention._old_forward = type(attention).forward.__get__(attention)
 
 # %% ../nbs/03_couplings.ipynb #cb950352
+@torch.no_grad()
+def slice_coupling(
+    model, # a causal language model of `transformers`; changed in place
+    coupling, # one of its couplings
+    units, # indices of the units that stay, from `check_kept`
+):
+    "Remove all other units of one coupling from the tensors of `model`."
+    gone = torch.ones(coupling.n_units, dtype=bool)
+    gone[units] = False
+    drop = {}
+    for n, t in coupling.firsts: drop.setdefault(n, []).append(t[gone].flatten())
+    for n, parts in drop.items():
+        m = model.get_submodule(n)
+        rows = torch.ones(weight_of(m).shape[0], dtype=bool)
+        rows[torch.cat(parts)] = False
+        _resize(m, rows=rows.nonzero().flatten().to(m.weight.device))
+    second = model.get_submodule(coupling.second[0])
+    columns = torch.ones(weight_of(second).shape[1], dtype=bool)
+    columns[removed_columns(coupling, units)] = False
+    _resize(second, columns=columns.nonzero().flatten().to(second.weight.device))
+    _refresh(model, coupling)
+
 @torch.no_grad()
 def slice_units(
     model, # a causal language model of `transformers`; changed in place
@@ -331,25 +356,15 @@ def slice_units(
 ):
     "Remove all other units of the named couplings from the tensors of `model`, and return it."
     chosen = [(c, check_kept(c, kept[c.name])) for c in couplings_of(model, kept)]          # all checks before any change
-    for c, units in chosen:
-        gone = torch.ones(c.n_units, dtype=bool); gone[units] = False
-        drop = {}
-        for n, t in c.firsts: drop.setdefault(n, []).append(t[gone].flatten())
-        for n, parts in drop.items():
-            m = model.get_submodule(n)
-            rows = torch.ones(weight_of(m).shape[0], dtype=bool); rows[torch.cat(parts)] = False
-            _resize(m, rows=rows.nonzero().flatten().to(m.weight.device))
-        second = model.get_submodule(c.second[0])
-        columns = torch.ones(weight_of(second).shape[1], dtype=bool); columns[removed_columns(c, units)] = False
-        _resize(second, columns=columns.nonzero().flatten().to(second.weight.device))
-        _refresh(model, c)
+    for c, units in chosen: slice_coupling(model, c, units)
     return model
 
 # %% ../nbs/03_couplings.ipynb #2113968f
 def _refresh(model, c):
     "Keep the attention module of a sliced block in step with its tensors."
     if c.kind == 'mlp_channel': return
-    b = _read_block(model, c.layer)
+    prefix, _, _ = c.second[0].partition(f'.{c.layer}.')
+    b = _read_block(model, prefix, c.layer)
     family, attention = b.family, model.get_submodule(b.path(b.family.attention))
     for name, f in family.attributes: setattr(attention, name, f(b))
     if b.value_dim == b.head_dim: return

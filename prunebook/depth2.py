@@ -130,8 +130,9 @@ class Moments:
         b=None, # its bias, (rows,)
     ):
         "E[(Wx + b)²] for every row of `W` (eq. rows)."
-        a = ((W.float() @ self.S)*W.float()).sum(1)
-        return a if b is None else a + 2*b.float()*(W.float() @ self.mean) + b.float()**2
+        S, mean = self.S.to(W.device), self.mean.to(W.device)
+        a = ((W.float() @ S)*W.float()).sum(1)
+        return a if b is None else a + 2*b.float()*(W.float() @ mean) + b.float()**2
 
     def centred(self):
         "The same without the mean: S becomes the covariance."
@@ -165,7 +166,7 @@ def column_moments(
 ):
     "Second-moment score of every column of a second linear (eq. second to eq. attention), float32, (columns,)."
     norm2 = weight_of(model.get_submodule(block.out if part == 'attention' else block.mlp_second)).detach().float().pow(2).sum(0)
-    if form == 'measured' or part == 'attention' and form == 'paper' and inner is not None: return norm2*inner
+    if form == 'measured' or part == 'attention' and form == 'paper' and inner is not None: return norm2*inner.to(norm2.device)
     firsts = [_value_rows(model, block)] if part == 'attention' else [_rows(model, block.path(n)) for n in block.family.mlp_firsts]
     if form == 'code': (gate, *rest) = [moments.centred().rows(W) for W, _ in firsts]
     if form == 'code': return norm2.sqrt()*(gate if part == 'attention' else _activation(model)(gate)*math.prod(rest))

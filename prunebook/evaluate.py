@@ -31,8 +31,8 @@ def window_losses(
     for ids in tqdm(windows.batches(batch_size, model.device), desc='perplexity', leave=False):
         logits = model(ids, use_cache=False).logits        # (batch, seqlen, vocabulary)
         if each: each(ids, logits)
-        losses += [F.cross_entropy(l[:-1].float(), i[1:]).cpu().double() for l, i in zip(logits, ids)]
-    return torch.stack(losses)
+        losses += [F.cross_entropy(l[:-1].float(), i[1:]).cpu() for l, i in zip(logits, ids)]
+    return torch.stack(losses).double()
 
 # %% ../nbs/02_evaluate.ipynb #fece36f7
 @dataclass

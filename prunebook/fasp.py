@@ -8,12 +8,10 @@ __all__ = ['column_scores', 'rank_correlation', 'unit_scores', 'FASP', 'fasp_wor
 # %% ../nbs/20_fasp.ipynb #94139aa0
 from dataclasses import dataclass
 import torch
-from .couplings import couplings, weight_of, anatomy
-from .methods import Method
+from .couplings import anatomy
 from .models import decoder_linears, n_parameters
-from .plan import uniform_steps, keep_after
-from .repair import damp_for, restore_columns
-from .walk import cut, walk, walk_bytes
+from .stream import StreamMethod
+from .walk import walk_bytes
 
 # %% ../nbs/20_fasp.ipynb #3c2eecc7
 def column_scores(
@@ -42,37 +40,13 @@ def unit_scores(
 
 # %% ../nbs/20_fasp.ipynb #c4da4b06
 @dataclass
-class FASP(Method):
+class FASP(StreamMethod):
     "Prune coupled columns and rows by a Wanda-style column score, and restore by least squares (Hu et al. 2025)."
     name = 'fasp'
-    units: tuple = ('mlp_channel',) # kinds of units; add `value_channel` for the paper's attention part
     restore: bool = True # re-fit the kept columns
-    damp: float = None # ridge of the fit, as a fraction of the mean diagonal; `damp_for(tokens)` by default
-    towards: str = 'weights' # what the ridge pulls to: `weights` or `zero`
-    batch_size: int = 8 # windows in a forward pass
-    device: str = None # visit this device block by block; by default blocks stay where they are
-    spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
 
+    def score(self, v): return v.per_unit(column_scores(v.weight, v.gram))
     def work(self, model, tokens, sparsity=.2): return fasp_work(model, tokens, self.units)
-
-    def run(self, model, windows, sparsity):
-        table = {(c.layer, c.kind == 'mlp_channel'): c for c in self.table(model)}
-        steps = uniform_steps(list(table.values()), sparsity, n_parameters(decoder_linears(model).values()))
-        kept, scores = {}, {}
-        for stage in walk(model, windows, self.batch_size, self.device, desc='FASP'):
-            c = table.get((stage.layer, stage.part == 'mlp'))
-            if c is None or steps[c.name] == 0: continue
-            kept[c.name], scores[c.name] = self._prune(model, c, stage, steps[c.name])
-        return kept, scores
-
-    def _prune(self, model, c, stage, steps):
-        "Score, cut and restore one coupling; returns kept units and scores."
-        W, C = weight_of(model.get_submodule(c.second[0])).detach(), stage.gram()
-        scores = unit_scores(c, column_scores(W, C))
-        kept = keep_after(c, scores, steps)
-        damp = damp_for(sum(x.numel()//x.shape[-1] for x in stage.X)) if self.damp is None else self.damp
-        cut(model, c, stage, kept, lambda W, keep: restore_columns(W, C, keep, damp, self.towards) if self.restore else W[:, keep])
-        return kept, scores.cpu()
 
 # %% ../nbs/20_fasp.ipynb #5fe5b8cd
 def fasp_work(

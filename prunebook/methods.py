@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'METHODS', 'MODULES', 'check_setting', 'check_device', 'Method', 'as_method', 'configured', 'plain_linear',
-           'check_prunable', 'plain_settings', 'prune']
+           'check_prunable', 'plain_settings', 'plain_scores', 'prune']
 
 # %% ../nbs/06_methods.ipynb #c1665bc0
 import copy, importlib, json, math, warnings
@@ -174,6 +174,13 @@ def plain_settings(
         except (TypeError, ValueError): raise ValueError(f'{n} is {v!r}; a plan records settings as JSON, so that it is text, a finite number, True, False, None, or a tuple of them.') from None
     return settings
 
+def plain_scores(
+    scores, # score of each unit, a tensor by coupling name
+):
+    "The scores as a plan records them: six digits, and None for one that is not finite."
+    plain = lambda x: float(f'{x:.6g}') if math.isfinite(x) else None
+    return {n: [plain(x) for x in s.tolist()] for n, s in scores.items()}
+
 # %% ../nbs/06_methods.ipynb #245b889f
 def prune(
     model, # a causal language model of `transformers`, in evaluation mode
@@ -197,5 +204,4 @@ def prune(
     with warnings.catch_warnings():                        # what one run has warned of is news in the next
         kept, scores = method.run(small, calibration, sparsity) if sparsity > 0 else ({c.name: list(range(c.n_units)) for c in table}, {})
     true = 1 - n_parameters(decoder_linears(small).values())/total
-    scores = {n: [float(f'{x:.6g}') if math.isfinite(x) else None for x in s.tolist()] for n, s in scores.items()}
-    return small, PrunePlan(method.name, settings, sparsity, kept, {c.name: c.n_units for c in table}, fingerprint, repr(calibration), true, scores)
+    return small, PrunePlan(method.name, settings, sparsity, kept, {c.name: c.n_units for c in table}, fingerprint, repr(calibration), true, plain_scores(scores))

@@ -6,7 +6,8 @@
 __all__ = ['SMALL', 'MANIFEST', 'NEW', 'NOWHERE', 'TINY', 'blocks', 'decoder_linears', 'n_parameters', 'cache_dir', 'file_sha256',
            'write_manifest', 'read_manifest', 'damage', 'is_complete', 'verify', 'check_target', 'sweep_file',
            'check_writable', 'reserved', 'leftovers', 'reserved_folder', 'atomic_folder', 'small_model_folder',
-           'default_device', 'default_dtype', 'hub_answers', 'readable', 'load_model', 'tiny_model', 'check_finite']
+           'default_device', 'default_dtype', 'hub_answers', 'readable', 'load_model', 'tiny_model', 'check_finite',
+           'machine_line']
 
 # %% ../nbs/00_models.ipynb #47a49a64
 import ctypes, hashlib, json, os, re, secrets, shutil, subprocess, sys, tempfile, threading, time
@@ -521,3 +522,12 @@ def check_finite(
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise ValueError(f'{name} holds {(~p.isfinite()).sum().item()} NaN or infinite value(s); load the model again before pruning it.')
+
+# %% ../nbs/00_models.ipynb #d1e7a002
+def machine_line(
+    model, # any torch module
+):
+    "Where and in what a model runs: its device with the GPU's name or the CPU's threads, its dtype, and the version of PyTorch."
+    p = next(model.parameters())
+    kind = torch.cuda.get_device_name(p.device) if p.is_cuda else f'{torch.get_num_threads()} thread(s)' if p.device.type == 'cpu' else 'no name'
+    return f'{p.device} ({kind}), {str(p.dtype).removeprefix("torch.")}, PyTorch {torch.__version__}'

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'LABELS', 'check_numbers', 'bundles', 'keep_after', 'check_sparsity', 'uniform_steps', 'global_steps',
-           'tensor_sums', 'settings_of', 'model_fingerprint', 'write_atomic', 'check_type', 'PrunePlan', 'check_plan']
+           'tensor_sums', 'settings_of', 'model_fingerprint', 'write_atomic', 'check_type', 'check_writable',
+           'PrunePlan', 'check_plan']
 
 # %% ../nbs/04_plan.ipynb #a59194ab
-import hashlib, json, math, os
+import hashlib, json, math, os, tempfile
 from dataclasses import MISSING, dataclass, field, fields, asdict
 from pathlib import Path
 import torch
@@ -141,14 +142,16 @@ def settings_of(
 
 def model_fingerprint(
     model, # a causal language model
+    tensors=None, # pairs of name and tensor where the model has no weights; its own by default
 ):
     "12 hexadecimal digits that depend on the configuration, and on the name, shape and all values of every tensor."
-    saved = model.state_dict().keys()
-    tensors = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in saved}}
-    heads = [(b.head_dim, b.heads, b.kv_heads) for b in anatomy(model)]                      # as they are; the configuration of a pruned model still has the old numbers
-    content = [model.config.model_type, settings_of(model), heads, [(n, list(t.shape), tensor_sums(t)) for n, t in sorted(tensors.items())]]
+    if tensors is None:
+        saved = model.state_dict().keys()
+        tensors = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in saved}}.items()
+    heads = [(b.head_dim, b.heads, b.kv_heads) for b in anatomy(model)]  # the configuration of a pruned model has the old numbers
+    sums = sorted((n, list(t.shape), tensor_sums(t)) for n, t in tensors)
+    content = [model.config.model_type, settings_of(model), heads, sums]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
 
 # %% ../nbs/04_plan.ipynb #8b745274
 def _versions():
@@ -161,10 +164,8 @@ def write_atomic(
     content, # its new text, or a function that writes the file it is given
 ):
     "Write a file so that a reader sees the old content or the new, never a part."
-    from prunebook.models import sweep_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_file(path)
     tmp = path.with_name(f'.{path.name}-{os.getpid()}')
     try:
         if callable(content): content(tmp)
@@ -185,6 +186,20 @@ def check_type(
     except TypeError as e:
         while e.__cause__: e = e.__cause__                 # the innermost part
         raise TypeError(str(e)) from None
+
+# %% ../nbs/04_plan.ipynb #d00r0006
+def check_writable(
+    path, # file that will be written
+):
+    "Raises `ValueError` if a file cannot be written there. Leaves nothing behind."
+    path = Path(path)
+    try:
+        if path.is_dir(): raise OSError('it is a folder')
+        place = next(p for p in path.absolute().parents if p.exists())
+        if not place.is_dir(): raise OSError(f'{place} is not a folder')
+        if path.exists() and not os.access(path, os.W_OK): raise OSError('the file is read-only')
+        with tempfile.NamedTemporaryFile(dir=place, prefix='.prunebook-'): pass
+    except OSError as e: raise ValueError(f'{path} cannot be written ({e.strerror or e}); name another file.') from e
 
 # %% ../nbs/04_plan.ipynb #de23b97c
 @dataclass

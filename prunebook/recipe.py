@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from .couplings import anatomy, weight_of
 from .curvature import curvature, damped_inverse
 from .depth2 import give_weight, second_level
@@ -53,8 +54,10 @@ def divergence(
 ):
     "Mean divergence of the next token's distribution from the reference, in nats (eq. divergence)."
     layers = [model.get_submodule(b.name) for b in anatomy(model)[:layer + 1]]
-    skip, first = (lambda h, *args, **kw: h), layers[-1].forward
-    with replaced([*[(l, skip) for l in layers[:-1]], (layers[-1], lambda h, *args, **kw: first(state, *args, **kw))]):
+    skip, first, place = (lambda h, *args, **kw: h), layers[-1].forward, next(layers[-1].parameters()).device
+    to = lambda tree, device: tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, tree)
+    visit = lambda h, *args, **kw: to(first(*to((state, *args), place), **to(kw, place)), state.device)  # a walk may have the block elsewhere
+    with replaced([*[(l, skip) for l in layers[:-1]], (layers[-1], visit)]):
         logits = model(ids.to(model.device), use_cache=False).logits
     return F.kl_div(F.log_softmax(logits.float(), -1), reference, log_target=True, reduction='sum').item()/ids.numel()
 
@@ -124,7 +127,7 @@ def drifting(
     "Walk; yield each stage, and what its second linear should add for the stream to be that of the dense model again, a list of (batch, seqlen, d) (eq. target)."
     drift, adds = None, getattr(model.config, 'do_layer_norm_before', True)                # else a norm comes between, and drift is not a sum
     for old, new in walk_both(model, windows, **settings):
-        targets = old.Y if drift is None else [y.view_as(d) + d for y, d in zip(old.Y, drift)]
+        targets = old.Y if drift is None else [y.view_as(d) + d.to(y.device) for y, d in zip(old.Y, drift)]
         yield new, targets
         new.Y = new.outputs(model)
         if adds: drift = [t - y.view_as(t) for t, y in zip(targets, new.Y)]

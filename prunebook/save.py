@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELING', 'PARTS', 'narrow_config', 'stock_class', 'fits_stock_class', 'layout', 'give_layout', 'upgraded',
-           'check_loaded', 'pruned_class', 'modeling_source', 'save_pruned', 'load_pruned']
+           'check_loaded', 'pruned_class', 'modeling_source', 'save_pruned', 'saved_config', 'name_classes',
+           'load_pruned']
 
 # %% ../nbs/60_save.ipynb #b32237e6
 import copy, functools, inspect, json, os, secrets, tempfile
@@ -188,24 +189,39 @@ def save_pruned(
     return Path(folder)
 
 # %% ../nbs/60_save.ipynb #3a266358
+def saved_config(
+    model, # a pruned causal language model; its blocks may be on the meta device
+    stock, # whether the stock class can hold it (`fits_stock_class`)
+):
+    "The configuration that is saved with `model`."
+    config = narrow_config(model) if stock else copy.deepcopy(model.config)
+    config.__dict__.pop('auto_map', None)
+    if not stock: config.pruned = layout(model)
+    return config
+
+def name_classes(
+    folder, # folder with a `config.json`
+    model, # the model that is saved there
+    stock, # whether the stock class can hold it
+):
+    "Say in `config.json` which class loads the model, and write the modelling file if there must be one."
+    name, path, source = stock_class(model).__name__, Path(folder)/'config.json', Path(folder)/'modeling_pruned.py'
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config['architectures'] = [name if stock else f'Pruned{name}']
+    if stock: config.pop('auto_map', None)
+    else: config['auto_map'] = {'AutoModelForCausalLM': f'modeling_pruned.Pruned{name}'}
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+    if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
+    else: source.write_text(modeling_source(model), encoding='utf-8')
+
 def _write_model(model, folder):
     "Weights and configuration of `model`, and a modelling file if the stock class cannot hold it."
     model = unwrapped(model)
-    stock, old, name = fits_stock_class(model), model.config, stock_class(model).__name__
-    model.config = narrow_config(model) if stock else copy.deepcopy(old)
-    model.config.__dict__.pop('auto_map', None)
-    if not stock: model.config.pruned = layout(model)
+    stock, old = fits_stock_class(model), model.config
+    model.config = saved_config(model, stock)
     try: model.save_pretrained(folder, save_original_format=stock)       # loaders rename tensors back for stock classes only
     finally: model.config = old
-    path = Path(folder)/'config.json'
-    cfg = json.loads(path.read_text(encoding='utf-8'))
-    cfg['architectures'] = [name if stock else f'Pruned{name}']
-    if stock: cfg.pop('auto_map', None)
-    else: cfg['auto_map'] = {'AutoModelForCausalLM': f'modeling_pruned.Pruned{name}'}
-    path.write_text(json.dumps(cfg, indent=2), encoding='utf-8')
-    source = Path(folder)/'modeling_pruned.py'
-    if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
-    else: source.write_text(modeling_source(model), encoding='utf-8')
+    name_classes(folder, model, stock)
 
 # %% ../nbs/60_save.ipynb #cafa571d
 def load_pruned(

@@ -284,14 +284,16 @@ def statistics(self:FLAP, model, windows, table):
 def lost(self:FLAP, model, c, kept, mean):
     "Mean of what the removed columns gave to the output (eq. bias), (d,)."
     gone, W = removed_columns(c, kept), weight_of(model.get_submodule(c.second[0])).detach()
-    return as_double(W[:, gone]) @ mean[gone.to(mean.device)]
+    W = as_double(W[:, gone])
+    return W @ mean[gone.to(mean.device)].to(W.device)
 
 @patch
 def fold(self:FLAP, W, keep, stage, windows, lost):
     "Kept columns that also make the lost mean (eq. fold), (d, m)."
     total = sum(x.to(double_device(x.device)).flatten(0, -2).sum(0, dtype=torch.float64) for x in stage.X)
     v = constant_weights(stage.gram()[keep][:, keep], total[keep.to(total.device)], self.damping(windows))
-    return (as_double(W[:, keep]) + lost[:, None]*v).to(W)
+    kept = as_double(W[:, keep])
+    return (kept + lost[:, None].to(kept.device)*v.to(kept.device)).to(W)
 
 def add_bias(
     module, # `Linear` or `Conv1D`, changed in place

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
-from .couplings import anatomy, check_kept, slice_units, weight_of, Block
+from .couplings import anatomy, check_kept, slice_coupling, weight_of, Block
 from .plan import check_numbers
+from .sources import InMemory
 
 # %% ../nbs/05_walk.ipynb #b4266fb3
 @contextmanager
@@ -105,28 +106,33 @@ def checked(
 # %% ../nbs/05_walk.ipynb #281d75e6
 @torch.no_grad()
 def walk(
-    model, # a causal language model of `transformers`; the caller may slice it on the way
+    model, # a causal language model of `transformers` that the caller may slice on the way, or a source of its blocks
     windows, # calibration `Windows`
     batch_size=8, # windows in a forward pass
     device=None, # visit this device block by block; by default blocks stay where they are
     desc='walking', # label of the progress bar
     firsts=False, # before each stage, yield one with the inputs of its first linears
+    log=None, # keeps the states after each block, and gives them back to a walk that goes on (see `StreamLog`)
 ):
     "Yield a `Stage` for attention and MLP of every block, in order; each block computes once. Raises `ValueError` for inputs that are not finite."
+    source = model if hasattr(model, 'open') else InMemory(model, device)
+    model = source.model
     if model.training: raise ValueError('The model is in training mode; call model.eval() first.')
     windows.check(model)
     states, calls = zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)])
-    states, shapes = list(states), anatomy(model)
-    for b in tqdm(shapes, desc=desc, leave=False):
-        layer = model.get_submodule(b.name)
-        home = next(layer.parameters()).device
-        to = lambda tree: tree_map(lambda t: t.to(device or home) if isinstance(t, torch.Tensor) else t, tree)
-        if device is not None: layer.to(device)
+    waiting, shapes = states[0].device, anatomy(model)
+    begin, states = log.resumed(list(states)) if log else (0, list(states))
+    for b in tqdm(shapes[begin:], desc=desc, leave=False, initial=begin, total=len(shapes)):
+        layer, finished = source.open(b), False
+        there = next(layer.parameters()).device
+        to = lambda tree: tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, tree)
         run = lambda i, pairs: _visit(layer, to(states[i]), *to(calls[i][b.layer]), pairs)
-        try: states = yield from _stages(model, b, states, run, firsts)
-        finally:
-            if device is not None: layer.to(home)          # also when the caller stops early
-        if device is not None: states = [s.to(home) for s in states]
+        try:
+            states = yield from _stages(model, b, states, run, firsts)
+            finished = True
+        finally: source.close(b, finished)                 # also when the caller stops early
+        if source.device is not None: states = [s.to(waiting) for s in states]
+        if log: log.record(b, states)
 
 def _visit(layer, x, args, kw, pairs):
     "Run a block with some modules replaced; None if it was stopped on the way."
@@ -176,10 +182,10 @@ def cut(
 ):
     "Slice one coupling in the middle of a walk and put re-fitted columns in place."
     if len(kept) == coupling.n_units: return
-    W = weight_of(model.get_submodule(coupling.second[0])).detach()
-    keep = coupling.second[1][check_kept(coupling, kept)].flatten().sort().values.to(W.device)
+    W, units = weight_of(model.get_submodule(coupling.second[0])).detach(), check_kept(coupling, kept)
+    keep = coupling.second[1][units].flatten().sort().values.to(W.device)
     U = refit(W, keep)                                     # (d, m)
-    slice_units(model, {coupling.name: kept})
+    slice_coupling(model, coupling, units)
     weight_of(model.get_submodule(coupling.second[0])).data.copy_(U)
     stage.keep = keep
 
@@ -196,9 +202,11 @@ def gram(
     C = torch.zeros(f, f, dtype=torch.float32, device=X[0].device)
     for x in X:
         x = x.flatten(0, -2).float()                       # (tokens, f)
-        for i, p in enumerate(parts): C[p, p.start:] += x[:, p].T @ x[:, p.start:]
-    upper = C.triu()
-    return upper + upper.triu(1).T
+        for p in parts: C[p, p.start:] += x[:, p].T @ x[:, p.start:]
+    for p in parts:                                        # what is below the diagonal is what is above it
+        C[p, p] = C[p, p].triu() + C[p, p].triu(1).T
+        C[p.stop:, p] = C[p, p.stop:].T
+    return C
 
 # %% ../nbs/05_walk.ipynb #95cec5c6
 def walk_bytes(

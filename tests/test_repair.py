@@ -184,12 +184,29 @@ def test_a_matrix_with_nan_beside_the_diagonal_ends():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize('towards', ['weights', 'zero'])
 def test_weights_keep_their_precision(dtype, towards):
-    "Solved in float64 and rounded once."
+    "The change is solved for, in float32 where the ridge is not weak, and rounded once."
     X = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
     W, keep, C = torch.randn(4, 10, generator=torch.Generator().manual_seed(1)).to(dtype), torch.tensor([0, 3, 4, 5, 8]), X.T @ X
     U = restore_columns(W, C, keep, .01, towards)
     assert U.dtype == dtype
-    assert torch.equal(U, restore_columns(W.double(), C.double(), keep, .01, towards).to(dtype))
+    exact = restore_columns(W.double(), C.double(), keep, .01, towards)
+    spacing = torch.finfo(dtype).eps*exact.abs() + 1e-6*(exact - W[:, keep].double()).norm()
+    assert ((U.double() - exact).abs() <= spacing).all()
+
+
+def test_a_weak_ridge_is_solved_in_float64():
+    X = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
+    W, keep, C = torch.randn(4, 10, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 4, 5, 8]), X.T @ X
+    assert torch.equal(restore_columns(W, C, keep, 1e-9), restore_columns(W.double(), C.double(), keep, 1e-9).float())
+
+
+def test_float64_is_taken_where_float32_fails():
+    "Positive definite, but not after rounding to float32."
+    A = torch.ones(2, 2, dtype=torch.float64) + 1e-9*torch.eye(2, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        X = ridge_solve(A, torch.ones(2, 1, dtype=torch.float64), 0., dtype=torch.float32)
+    assert X.dtype == torch.float64 and torch.allclose(A @ X, torch.ones(2, 1, dtype=torch.float64))
 
 
 def test_targets_have_names():

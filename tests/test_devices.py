@@ -1,0 +1,131 @@
+"""Every method on a pretended accelerator, with the model in three places: nothing meets on two devices, and results are those of the CPU."""
+import functools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from fake_gpu import FakeGPU, device
+from helpers import tiny_model
+from prunebook.methods import as_method, configured, prune
+from prunebook.models import blocks
+from prunebook.text import Windows
+
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
+VALUES, GROUPS = ('value_channel', 'mlp_channel'), ('kv_group', 'mlp_channel')
+CASES = [
+    ('random', {}), ('magnitude', dict(restore=True)), ('wanda_sp', {}), ('flap', {}), ('flap', dict(compensation='bias')),
+    ('flap', dict(units=VALUES, restore=True)), ('taylor', {}), ('fasp', dict(units=VALUES)), ('fasp', dict(units=GROUPS)),
+    ('depth2', dict(units=VALUES)), ('depth2', dict(units=GROUPS, reconstruct='two_step', form='code', trust=1.)),
+    ('depth2', dict(reconstruct='none', sigma='random')), ('depth2', dict(reconstruct='none', sigma='identity', form='paper')),
+    ('depth2', dict(units=GROUPS, heads='second_moment', form='paper')), ('depth2', dict(units=('query_head',))),
+    ('bonsai', dict(evaluations=8, seqlen=12)), ('bonsai', dict(evaluations=8, seqlen=12, restore=True, units=VALUES)),
+    ('surgeon', dict(shots=1, correction=2)), ('surgeon', dict(shots=1, store='cpu', cost='tied', update='tied', checkpoint=True)),
+    ('recipe', {}), ('recipe', dict(score='greedy', turn=False)), ('recipe', dict(allocation='curvature')), ('recipe', dict(trust=0., units=GROUPS))]
+TEXT = Windows(torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0)), 'random')
+
+
+def name(case): return f'{case[0]}-{"-".join(f"{k}={v}" for k, v in case[1].items())}'
+
+
+def over_two_devices(model):
+    "The model as `accelerate` spreads it: the last block and the last norm are on a second device, and the output layer if it has weights of its own."
+    path, layers = blocks(model)
+    first, last = 'gpu:0', 'gpu:1'
+    places = {f'{path}.{i}': first if i < len(layers) - 1 else last for i in range(len(layers))}
+    for n, m in model.named_modules():
+        inside = any(n == p or n.startswith(p + '.') for p in places)
+        tied = n == 'lm_head' and model.config.tie_word_embeddings                            # then one tensor, in one place
+        if list(m.parameters(recurse=False)) and not inside: places[n] = first if tied or 'embed' in n or n.endswith(('wte', 'wpe')) else last
+    return dispatch_model(model, device_map=places, main_device=first, force_hooks=True)
+
+
+PLACES = dict(one=lambda m: m.to('gpu:0'), visited=lambda m: m, two=over_two_devices)
+
+
+def runs():
+    "Each case on a llama; of the other two families one case each, in turn, to be quick."
+    for i, case in enumerate(CASES):
+        yield from ((case, family) for family in ('llama', ('opt', 'gpt2')[i%2]) if family == 'llama' or case[1].get('units') != ('query_head',))
+
+
+@functools.cache
+def on_the_cpu(i, family):
+    "Kept units and logits of the case number `i`."
+    small, plan = prune(tiny_model(family), TEXT, configured(*CASES[i]), .2)
+    with torch.no_grad(): return plan.kept, small(TEXT.ids[:2]).logits
+
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('case, family', runs(), ids=lambda x: x if isinstance(x, str) else name(x))
+def test_as_on_the_cpu(case, family, place):
+    if place == 'visited' and 'device' not in as_method(case[0]).settings(): pytest.skip(f'{case[0]} has no device of its own')
+    kept, logits = on_the_cpu(CASES.index(case), family)
+    settings = {**case[1], **(dict(device='gpu:0') if place == 'visited' else {})}
+    with FakeGPU(strict=True):
+        small, plan = prune(PLACES[place](tiny_model(family)), TEXT, configured(case[0], settings), .2)
+        with torch.no_grad(): found = small(TEXT.ids[:2].to(small.device)).logits.cpu()
+    assert plan.kept == kept
+    assert (found - logits).abs().max() <= 1e-4*logits.abs().max()
+
+
+# ---- the pretended accelerator itself: what CUDA refuses, what it allows, and what is counted
+
+
+def test_mixed_devices_are_refused():
+    with FakeGPU() as gpu:
+        x = torch.ones(3, 4, device='gpu:0')
+        for mixed in (lambda: x + torch.ones(4), lambda: x @ torch.ones(4, 2, device='gpu:1'), lambda: torch.cat([x, torch.ones(1, 4)]),
+                      lambda: torch.ones(3)[torch.tensor([0], device='gpu:0')], lambda: torch.nn.functional.embedding(torch.tensor([0]), x)):
+            with pytest.raises(RuntimeError, match='same device'): mixed()
+        for host in (x.numpy, x.__array__):
+            with pytest.raises(TypeError, match='convert gpu:0'): host()
+        with pytest.raises(RuntimeError, match='generator'): torch.rand(2, device='gpu:0', generator=torch.Generator())
+    assert sum(gpu.mixed.values()) == 5
+
+
+def test_what_cuda_allows():
+    with FakeGPU() as gpu:
+        x = torch.arange(12., device='gpu:0').view(3, 4)
+        assert (x*torch.tensor(2.))[torch.tensor([1])].tolist() == [[8., 10., 12., 14.]]       # a number, and an index, from the CPU
+        assert x[[0, 2], 1].tolist() == [1., 9.] and x.sum().item() == 66.
+        y = x.clone()
+        y[:, torch.tensor([0])] = 0
+        assert y.cpu().numpy().sum() == 54. and torch.equal(x.to('gpu:1').cpu(), x.cpu())
+        assert torch.rand(2, device='gpu:0', generator=torch.Generator('gpu:0').manual_seed(0)).device == device()
+    assert not gpu.mixed
+
+
+def test_counts():
+    with FakeGPU() as gpu:
+        x = torch.zeros(1000).to('gpu:0')
+        assert sum(gpu.to_device.values()) == 4000 == gpu.alive['gpu:0'] and not gpu.syncs
+        view, y = x[:10], x + 1
+        assert gpu.alive['gpu:0'] == 8000                      # a view holds no bytes of its own
+        y.sum().item()
+        assert sum(gpu.syncs.values()) == 1 and sum(gpu.to_host.values()) == 4
+        del y
+        assert gpu.alive['gpu:0'] == 4000 and gpu.peak['gpu:0'] >= 8000
+        del x
+        assert gpu.alive['gpu:0'] == 4000                      # the view holds all of it
+        del view
+        assert gpu.alive['gpu:0'] == 0
+
+
+def test_a_model_loaded_first_on_the_device():
+    "Buffers that no file holds are right when the first model of a process is made there."
+    code = """if True:
+        import sys; sys.path.insert(0, 'tests')
+        from fake_gpu import FakeGPU
+        import torch
+        with FakeGPU():
+            from transformers import AutoModelForCausalLM
+            model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to('gpu:0')
+            print(model.model.rotary_emb.inv_freq[0].item())"""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model('llama').save_pretrained(folder)
+        out = subprocess.run([sys.executable, '-c', code, folder], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert float(out.stdout) == 1.
