@@ -131,10 +131,10 @@ def in_process(command, **kw):
 def test_killed_while_measuring(grid, tmp_path):
     root = tmp_path/'root'
     root.mkdir()
-    run = lambda: len(bench(grid, root, run=in_process))
+    run, said = lambda: len(bench(grid, root, run=in_process)), tmp_path/'said'
     def check():
         for p in root.glob('*.json'): json.loads(p.read_text())
-        assert forked(run)[0] == 0
+        assert forked(run, log=said)[0] == 0, said.read_text()
         assert names(root) == ['dense.json', 'magnitude-0.2-0.json']
     killed_everywhere(run, root, check)
 
