@@ -20,7 +20,7 @@ say   = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo test check-export check-clean check-readme docs-check bench-check \
-        test-notebooks test-unit gpu site-tools sync readme docs clean distclean
+        test-notebooks test-unit selfcheck gpu site-tools sync readme docs clean distclean
 
 help:  ## this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -101,6 +101,10 @@ test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="...";
 test-unit: $(VENV)/.ready-dev  ## run tests/
 	$(call say,Step test-unit: the tests in tests/ (about 4 min on two cores; the slowest are listed at the end))
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n auto --dist loadfile --durations=15 --ignore=tests/test_site.py
+
+selfcheck: $(VENV)/.ready-dev  ## kill every command at every file operation, fill the disk, lay traps (test-unit does so too)
+	$(call say,Step selfcheck: faults and what is left after them (about 2 min))
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py -q -rs --durations=5
 
 # ---- measuring --------------------------------------------------------------------------------------------------------
 

@@ -129,7 +129,8 @@ def cmd_prune(
     method:str='recipe', # pruning method
     sparsity:float=.2, # fraction of the parameters of the decoder blocks' linear layers to remove
     settings:str='{}', # settings of the method as JSON, for example '{"restore": false}'
-    text:str='wikitext2', # calibration text: wikitext2, passages, random, self, or a text file
+    text:str='wikitext2', # calibration text: wikitext2, passages, random, self, a file of text or JSON Lines, or a data set of the hub
+    bos:str='auto', # a beginning-of-text token in front of each window: yes, no, or auto for what the tokenizer does
     n:int=64, # calibration windows
     seqlen:int=512, # tokens in a window
     seed:int=0, # of what is random
@@ -144,10 +145,10 @@ def cmd_prune(
     "Make a smaller model and save it with its plan (and, with --report, a report and its plot)."
     if out is None: raise ValueError('Name the folder to make with --out.')
     if not 0 <= sparsity < 1: raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
-    method = _method(method, settings)
+    method, bos = _method(method, settings), _bos(bos)
     with _place(out, model, sparsity, device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust_remote_code)
-        calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n)
+        calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n, bos)
         small, plan, r = _pruned(net, tokenizer, calibration, test, method, sparsity, report)
         shown = _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, **r))
     if is_first(): print(shown)
@@ -191,11 +192,18 @@ def _method(name, settings):
     return method
 
 # %% ../nbs/99_cli.ipynb #339df24a
-def _windows(model, tokenizer, source, n, seqlen, seed, eval_n):
+def _bos(word):
+    "What `--bos` means. Raises `ValueError` for another word."
+    meaning = dict(auto=None, yes=True, no=False)
+    if word not in meaning: raise ValueError(f'--bos is {word!r}; it is {", ".join(meaning)}.')
+    return meaning[word]
+
+def _windows(model, tokenizer, source, n, seqlen, seed, eval_n, bos):
     "Calibration and evaluation windows; text is evaluated on what it is, or on the built-in passages if it cannot be."
     from prunebook.text import load_windows
     held_out = source if source in ('wikitext2', 'passages') else 'passages'
-    return load_windows(source, model, tokenizer, n, seqlen, seed), load_windows(held_out, model, tokenizer, eval_n, seqlen, evaluation=True)
+    return (load_windows(source, model, tokenizer, n, seqlen, seed, bos=bos),
+            load_windows(held_out, model, tokenizer, eval_n, seqlen, evaluation=True, bos=bos))
 
 def _estimate(model, method, windows, sparsity):
     "One line about memory and work, from shapes alone."
@@ -273,7 +281,8 @@ def _words(out, record, r):
 # %% ../nbs/99_cli.ipynb #7a273feb
 def cmd_eval(
     model:str, # smollm2-135m, a model folder (pruned or not), or a hub id
-    text:str='wikitext2', # evaluation text: wikitext2, passages, or a text file
+    text:str='wikitext2', # evaluation text: wikitext2, passages, a file of text or JSON Lines, or a data set of the hub
+    bos:str='auto', # a beginning-of-text token in front of each window: yes, no, or auto for what the tokenizer does
     n:int=64, # windows, at most
     seqlen:int=512, # tokens in a window
     tasks:str='', # names of lm_eval tasks, separated by commas (needs the extra `eval`)
@@ -285,8 +294,9 @@ def cmd_eval(
     "Perplexity with its error, parameters, memory, speed and a sample of text of one model."
     from prunebook.evaluate import _lines, zero_shot
     from prunebook.text import load_windows
+    bos = _bos(bos)
     net, tokenizer = _load(model, device, dtype, trust_remote_code)
-    m = _measured(net, tokenizer, load_windows(_text(text), net, tokenizer, n, seqlen, evaluation=True), 'given')
+    m = _measured(net, tokenizer, load_windows(_text(text), net, tokenizer, n, seqlen, evaluation=True, bos=bos), 'given')
     scores = zero_shot(net, tokenizer, tasks.split(',')) if tasks else {}
     if json: return print(strict_json({**_plain_measure(m), 'tasks': scores, 'machine': _machine(net)}))
     print('\n'.join([f'{label:22} {shown}' for label, _, shown in _lines(m)] + [f'{"windows":22} {m["windows"]}', f'{"sample":22} {m["sample"]}']))

@@ -75,7 +75,7 @@ def forked(f, root=None, at=None, torn=False, environment={}, log=os.devnull):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
     code = 99
     try:
-        os.environ.update(environment)
+        os.environ.update(dict(environment, HF_DEACTIVATE_ASYNC_LOAD='1'))               # OpenMP does not survive a fork on several threads
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
         sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
@@ -86,4 +86,5 @@ def forked(f, root=None, at=None, torn=False, environment={}, log=os.devnull):
     except BaseException:
         import traceback
         traceback.print_exc()
+        sys.stderr.flush()
     finally: os._exit(code)

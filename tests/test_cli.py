@@ -157,6 +157,14 @@ def test_options_may_have_dashes(folders, run, tmp_path):
     assert PrunePlan.load(tmp_path/'a'/'plan.json').method == 'recipe'                      # unless another is named
 
 
+def test_a_token_in_front_is_a_choice(folders, run, tmp_path):
+    found = {}
+    for bos in ('auto', 'yes', 'no'):
+        assert run('prune', folders['dense'], '--out', tmp_path/bos, *QUICK, '--bos', bos)[0] == 0
+        found[bos] = PrunePlan.load(tmp_path/bos/'plan.json').calibration
+    assert found['auto'] == found['yes'] != found['no']
+
+
 # ---- what is there already ------------------------------------------------------------------------------------------
 
 def test_a_second_run_needs_force(folders, run, tmp_path, monkeypatch):
@@ -211,6 +219,7 @@ MISTAKES = dict(
     sparsity_low=(['--sparsity', '-0.5'], 'sparsity is -0.5'),
     sparsity_nan=(['--sparsity', 'nan'], 'sparsity is nan'),
     sparsity_unreachable=(['--sparsity', '.9'], 'cannot be reached with mlp_channel, value_channel: at most 0.6'),
+    bos=(['--bos', 'maybe'], "--bos is 'maybe'; it is auto, yes, no"),
     text=(['--text', 'no-such-file.txt'], "'no-such-file.txt' is neither"),
     n=(['--n', '0'], 'n is 0'),
     seqlen_long=(['--seqlen', '513'], 'longer than the 512 positions'),

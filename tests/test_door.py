@@ -83,6 +83,7 @@ KINDS = dict(adapters=(adapted, 'merge_and_unload'), adapters_inside=(adapted_in
              wrapped=(nn.DataParallel, 'model.module'), training=(lambda m: m.train(), r'model.eval\(\)'), a_name=(lambda m: 'gpt2', 'load it first'), bare=(lambda m: nn.Linear(2, 2), 'AutoModelForCausalLM'))
 
 @pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.fault('The model has adapters, is quantized, offloaded, compiled or wrapped', 'Refused by every method before any work, with what to do: merge, load in bfloat16, load whole, unwrap.')
 def test_what_is_no_plain_model_is_one_sentence_for_every_method(kind):
     make, remedy = KINDS[kind]
     m = make(tiny_model('llama', attention_bias=False, mlp_bias=False))
@@ -129,6 +130,7 @@ OTHERS = [('depth2', dict(units=('kv_group',), reconstruct='none')), ('bonsai', 
 
 @pytest.mark.parametrize('name, settings', [(n, {}) for n in READS] + OTHERS)
 @pytest.mark.parametrize('family', ['llama', 'opt'])
+@pytest.mark.fault('NaN or infinity appears, in weights or only in activations (float16 overflows)', 'No method chooses by it. The message names block, module and dtype, and what to do.')
 def test_no_method_sorts_what_is_not_finite(family, name, settings):
     m = overflowing(family)
     if family == 'opt': m.model.decoder.layers[1].fc1.bias.data.fill_(6e4)                                # relu may hide an overflow that is negative
@@ -191,6 +193,7 @@ def dead(family, part):
 @pytest.mark.parametrize('name', MODULES)
 @pytest.mark.parametrize('part', ['mlp', 'attention'])
 @pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.fault('A module is dead: all its inputs are zero', 'It is pruned as what it is, worth nothing, and a warning names it.')
 def test_a_dead_module_is_worth_nothing(family, part, name):
     (m, second), units = dead(family, part), ('mlp_channel',) if part == 'mlp' else ('kv_group', 'mlp_channel')
     with warnings.catch_warnings(record=True) as caught:

@@ -164,6 +164,7 @@ def change_weights(folder, change):
 
 @both_kinds
 @pytest.mark.parametrize('lost', ['lm_head.weight', 'model.layers.1.mlp.up_proj.weight', 'model.norm.weight', 'model.layers.0.self_attn.v_proj.bias'])
+@pytest.mark.fault('A tensor is missing in a model folder', 'Refused; nothing random takes its place.')
 def test_missing_tensors_are_refused(saved, kind, lost):
     folder, _ = saved(kind)
     change_weights(folder, lambda s: s.pop(lost))
@@ -277,6 +278,7 @@ HARMLESS = ('generation_config.json', 'index')             # transformers does n
 
 @pytest.mark.parametrize('ours', [True, False], ids=['ours', 'any folder'])
 @pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.fault('A model folder is damaged in any file', 'One sentence that names the folder and the reason.')
 def test_damage_is_said_in_one_sentence(saved, damage, ours):
     folder, m = saved('stock')
     DAMAGE[damage](folder)
@@ -316,6 +318,7 @@ def cached(model, tokenizer, cache, name):
 
 
 @pytest.mark.parametrize('hub', ['refuses', 'is silent'])
+@pytest.mark.fault('There is no network, or the hub is silent', 'The message comes within seconds.')
 def test_without_a_network(hub, tmp_path, tiny_tokenizer):
     "At most 5 seconds to the message; what is in the local cache loads."
     import socket
