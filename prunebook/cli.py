@@ -141,17 +141,46 @@ def cmd_prune(
     force:store_true=False, # replace the output folder if it is one of ours
     json:store_true=False, # print the result as JSON
     trust_remote_code:store_true=False, # run code that comes with the model
+    stream:store_true=False, # the model is a folder, of which one block is in memory at a time
+    resume:store_true=False, # with --stream: go on with an interrupted run
 ):
     "Make a smaller model and save it with its plan (and, with --report, a report and its plot)."
     if out is None: raise ValueError('Name the folder to make with --out.')
     if not 0 <= sparsity < 1: raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
     method, bos = _method(method, settings), _bos(bos)
+    if resume and not stream: raise ValueError('--resume goes on with a run of --stream; other runs keep their progress in the settings log and state.')
+    if stream:
+        if report: raise ValueError('--report measures the model in memory; leave it out with --stream, and use prunebook eval afterwards.')
+        text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=bos)
+        shown = _streamed(model, out, method, sparsity, text, device, dtype, resume, force, json) if is_first() else ''
+        return print(shown) if is_first() else None
     with _place(out, model, sparsity, device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust_remote_code)
         calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n, bos)
         small, plan, r = _pruned(net, tokenizer, calibration, test, method, sparsity, report)
         shown = _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, **r))
     if is_first(): print(shown)
+
+# %% ../nbs/99_cli.ipynb #5t7ea002
+def _streamed(model, out, method, sparsity, text, device, dtype, resume, force, as_json):
+    "Prune a checkpoint folder into another one; the words that say so."
+    from dataclasses import replace
+    from prunebook.models import default_device, readable
+    from prunebook.sources import skeleton
+    from prunebook.stream import check_streams, prune_folder
+    from prunebook.text import load_windows
+    from transformers import AutoTokenizer
+    if not Path(model).is_dir(): raise ValueError(f'--stream reads a folder with a checkpoint, and {model!r} is none; download the model first.')
+    if text['source'] == 'self': raise ValueError('A model that is streamed cannot write its own text; name another one with --text.')
+    check_streams(method)
+    method = replace(method, device=str(device or default_device()))
+    with readable(model): tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    calibration = load_windows(model=skeleton(model), tokenizer=tokenizer, **text)
+    _say(f'Calibration: {calibration!r}\nPruning with {method}, one block at a time ...')
+    try: plan = prune_folder(model, calibration, method, sparsity, out, _dtype(dtype, device), tokenizer, resume, force)
+    except KeyboardInterrupt as e: raise type(e)(f'finished blocks are kept beside {out}; the same command with --resume goes on.') from None
+    if as_json: return strict_json(dict(folder=str(out), method=plan.method, sparsity=plan.sparsity, true_sparsity=plan.true_sparsity, model=model))
+    return f'{plan!r}\nSaved in {out}.'
 
 # %% ../nbs/99_cli.ipynb #22cc4736
 def _mark(path):

@@ -19,7 +19,7 @@ from .models import atomic_folder, decoder_linears, n_parameters, reserved_folde
 from .plan import PrunePlan, check_sparsity, keep_after, model_fingerprint, uniform_steps, write_atomic
 from .repair import damp_for, restore_columns
 from .save import fits_stock_class, name_classes, saved_config
-from .sources import InMemory, OnDisk, tensor_files
+from .sources import InMemory, OnDisk, read_tensor, tensor_files
 from .walk import Stage, walk
 
 # %% ../nbs/07_stream.ipynb #141f8712
@@ -199,9 +199,7 @@ def write_checkpoint(
     "Write weights, index, configuration and, where the widths ask for it, the modelling file."
     dtype, parts = source.model.dtype, [source.file(b) for b in anatomy(source.model)]
     rest = source.out/'rest.safetensors'
-    def read(name):
-        with safe_open(source.files[name], 'pt') as f: return f.get_tensor(name).to(dtype)
-    save_file({n: read(n) for n in source.outside()}, rest, metadata=dict(format='pt'))
+    save_file({n: read_tensor(source.files, n).to(dtype) for n in source.outside()}, rest, metadata=dict(format='pt'))
     weight_map, size, parts = {}, 0, [rest, *parts]
     for i, part in enumerate(parts, 1):
         name = f'model-{i:05d}-of-{len(parts):05d}.safetensors'

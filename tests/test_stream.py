@@ -1,0 +1,202 @@
+"""One stream of blocks: the same plan and the same bytes in memory, visiting a device, and from disk to disk; interrupted runs go on."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from prunebook.couplings import anatomy, couplings
+from prunebook.fasp import FASP
+from prunebook.methods import prune
+from prunebook.models import TINY, verify
+from prunebook.save import load_pruned
+from prunebook.sources import InMemory, OnDisk, tensor_files
+from prunebook.stream import StreamMethod, prune_folder, stream, visits
+from prunebook.text import random_tokens
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+UNITS = [('mlp_channel',), ('value_channel', 'mlp_channel'), ('kv_group', 'mlp_channel')]
+
+
+def equal(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def text(model): return random_tokens(model, n=6, seqlen=16)
+
+
+def saved(model, folder, shard='20kB'):
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+@pytest.mark.parametrize('units', UNITS, ids=lambda u: u[0])
+@pytest.mark.parametrize('family', TINY)
+def test_from_disk_as_in_memory(family, units, tmp_path):
+    m = tiny_model(family)
+    small, plan = prune(m, text(m), FASP(units=units), .2)
+    streamed = prune_folder(saved(m, tmp_path/'dense'), text(m), FASP(units=units), .2, tmp_path/'small')
+    assert streamed == plan
+    assert equal(load_pruned(tmp_path/'small', device='cpu')[0], small)
+    assert verify(tmp_path/'small') == [] and not list(tmp_path.glob('.small*'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_run_decides(dtype, tmp_path):
+    saved(tiny_model('llama'), tmp_path/'dense')
+    m = AutoModelForCausalLM.from_pretrained(tmp_path/'dense', dtype=dtype).eval()
+    small, plan = prune(m, text(m), 'fasp', .2)
+    streamed = prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', dtype=dtype)
+    loaded = load_pruned(tmp_path/'small', device='cpu')[0]
+    assert loaded.dtype == dtype and equal(loaded, small) and streamed.kept == plan.kept
+
+
+def test_one_file_or_many(tmp_path):
+    m = tiny_model('qwen2')
+    plans = [prune_folder(saved(m, tmp_path/shard, shard), text(m), 'fasp', .2, tmp_path/f'{shard}-small') for shard in ('20kB', '1GB')]
+    assert plans[0] == plans[1]
+    assert equal(*(load_pruned(tmp_path/f'{shard}-small', device='cpu')[0] for shard in ('20kB', '1GB')))
+
+
+def test_one_block_at_a_time(tmp_path):
+    m = tiny_model('llama')
+    source = OnDisk(saved(m, tmp_path/'dense'))
+    for v in visits(source, text(m), couplings(source.model, 'mlp_channel')):
+        there = [b.layer for b in anatomy(source.model) if not next(source.model.get_submodule(b.name).parameters()).is_meta]
+        assert there == [v.coupling.layer]
+
+
+@dataclass
+class Interrupted(FASP):
+    "FASP that stops at one score."
+    name = 'interrupted'
+    stop_at: int = 99
+
+    def score(self, v):
+        seen.append(v.coupling.name)
+        if len(seen) == self.stop_at: raise KeyboardInterrupt
+        return super().score(v)
+
+
+seen = []
+
+
+@pytest.mark.parametrize('stop_at', range(1, 7))
+def test_a_run_goes_on_after_its_last_block(stop_at, tmp_path):
+    m, seen[:] = tiny_model('llama'), []
+    expected, _ = prune(m, text(m), FASP(units=UNITS[1]), .2)
+    saved(m, tmp_path/'dense')
+    method = Interrupted(units=UNITS[1], stop_at=stop_at)
+    with pytest.raises(KeyboardInterrupt): prune_folder(tmp_path/'dense', text(m), method, .2, tmp_path/'small')
+    assert not (tmp_path/'small').exists()
+    finished, seen[:] = (stop_at - 1)//2, ['again']*50      # scores of blocks that were finished
+    prune_folder(tmp_path/'dense', text(m), method, .2, tmp_path/'small', resume=True)
+    assert len(seen) - 50 == 6 - 2*finished
+    assert equal(load_pruned(tmp_path/'small', device='cpu')[0], expected)
+
+
+def test_progress_of_another_run_is_refused(tmp_path):
+    m, seen[:] = tiny_model('llama'), []
+    saved(m, tmp_path/'dense')
+    method = Interrupted(stop_at=2)
+    with pytest.raises(KeyboardInterrupt): prune_folder(tmp_path/'dense', text(m), method, .2, tmp_path/'small')
+    seen[:] = ['again']*50
+    with pytest.raises(FileExistsError, match='interrupted run'): prune_folder(tmp_path/'dense', text(m), method, .2, tmp_path/'small')
+    for sparsity, windows in ((.3, text(m)), (.2, random_tokens(m, n=6, seqlen=16, seed=1))):
+        with pytest.raises(ValueError, match='belongs to another run'):
+            prune_folder(tmp_path/'dense', windows, method, sparsity, tmp_path/'small', resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    m = tiny_model('llama')
+    saved(m, tmp_path/'dense')
+    file = sorted(set(tensor_files(tmp_path/'dense').values()))[1]
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match='get the checkpoint again'): prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+    assert not (tmp_path/'small').exists()
+
+
+def test_a_lost_tensor_is_named(tmp_path):
+    m = tiny_model('llama')
+    saved(m, tmp_path/'dense')
+    index = tmp_path/'dense'/'model.safetensors.index.json'
+    content = json.loads(index.read_text())
+    del content['weight_map']['model.layers.1.mlp.up_proj.weight']
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='model.layers.1.mlp.up_proj.weight'): prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+
+
+@pytest.mark.parametrize('method', ['bonsai', 'surgeon', 'taylor', 'recipe', 'depth2', 'flap'])
+def test_methods_that_need_the_whole_model_say_so(method, tmp_path):
+    m = tiny_model('llama')
+    with pytest.raises(ValueError, match='cannot be streamed'): prune_folder(saved(m, tmp_path/'dense'), text(m), method, .2, tmp_path/'small')
+
+
+def test_a_method_without_text_computes_nothing(monkeypatch):
+    @dataclass
+    class First(StreamMethod):
+        name = 'first_units'
+        reads_text = False
+        def score(self, v): return torch.arange(v.coupling.n_units).flip(0).float()
+    m = tiny_model('llama')
+    monkeypatch.setattr(type(m.model), 'forward', None)
+    kept, _ = stream(First(), InMemory(m), text(m), .2)
+    assert all(k == list(range(len(k))) for k in kept.values())
+
+
+def test_sparsity_zero_is_a_copy(tmp_path):
+    m = tiny_model('gpt2')
+    plan = prune_folder(saved(m, tmp_path/'dense'), text(m), 'fasp', 0, tmp_path/'small')
+    assert plan.true_sparsity == 0 and equal(load_pruned(tmp_path/'small', device='cpu')[0], m)
+
+
+def command(*words):
+    return [sys.executable, '-c', 'import sys; from prunebook.cli import main; sys.exit(main())', *map(str, words)]
+
+
+def test_command_line_killed_and_resumed(tmp_path, tiny_tokenizer):
+    "A killed run goes on with --resume and ends with the bytes of a run that was not."
+    m = tiny_model('llama', num_hidden_layers=12)
+    saved(m, tmp_path/'dense')
+    tiny_tokenizer.save_pretrained(tmp_path/'dense')
+    words = lambda out, *more: command('prune', tmp_path/'dense', '--stream', '--method', 'fasp', '--out', tmp_path/out, '--text', 'random',
+                                       '--n', 8, '--seqlen', 24, '--dtype', 'float32', '--device', 'cpu', *more)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}
+    assert subprocess.run(words('whole'), env=env, capture_output=True).returncode == 0
+    run = subprocess.Popen(words('killed'), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    progress, end = tmp_path/'.killed-stream'/'progress.json', time.time() + 120
+    while not progress.exists() and run.poll() is None and time.time() < end: time.sleep(.001)
+    run.send_signal(signal.SIGTERM if os.name == 'nt' else signal.SIGKILL)
+    run.wait()
+    if not (tmp_path/'killed').exists():                   # else it was quicker than the signal
+        assert progress.exists()
+        done = subprocess.run(words('killed', '--resume'), env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    files = [{f.name: load_file(f) for f in sorted((tmp_path/out).glob('*.safetensors'))} for out in ('whole', 'killed')]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(t, files[1][f][n]) for f, tensors in files[0].items() for n, t in tensors.items())
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--report'], 'leave it out'), (['--text', 'self'], 'cannot write its own text'), (['--method', 'bonsai'], 'cannot be streamed')])
+def test_command_line_refuses_before_any_work(words, message, tmp_path, tiny_tokenizer, capsys):
+    from prunebook.cli import main
+    m = tiny_model('llama')
+    saved(m, tmp_path/'dense')
+    tiny_tokenizer.save_pretrained(tmp_path/'dense')
+    base = ['prune', str(tmp_path/'dense'), '--stream', '--method', 'fasp', '--out', str(tmp_path/'out'), '--text', 'random']
+    assert main([*base, *words]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.glob('*out*'))
+
+
+def test_resume_without_stream_is_a_mistake(tmp_path, capsys):
+    from prunebook.cli import main
+    assert main(['prune', 'smollm2-135m', '--resume', '--out', str(tmp_path/'out')]) == 2
+    assert '--stream' in capsys.readouterr().err
