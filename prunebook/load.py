@@ -79,7 +79,7 @@ def read_weights(
 ):
     "All tensors of the safetensors files of a folder, by name. Raises `ValueError` if there are none: pickled weights are not read."
     index = Path(folder)/'model.safetensors.index.json'
-    files = sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists() else ['model.safetensors']
+    files = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values())) if index.exists() else ['model.safetensors']
     if any(Path(f).name != f or not f.endswith('.safetensors') for f in files): raise ValueError(f'{index} names files that are not safetensors beside it')
     if lost := [f for f in files if not (Path(folder)/f).is_file()]: raise ValueError(f'{folder} has no {lost[0]}; weights of other formats are not read')
     return {k: t for f in files for k, t in load_file(Path(folder)/f).items()}

@@ -171,6 +171,7 @@ def save_pruned(
     add=None, # function that writes further files into the folder it is given, such as a report
 ):
     "Save a pruned model so that `from_pretrained` loads it; returns the folder. Raises `FileExistsError` or `OSError` before any work."
+    model = unwrapped(model)
     needed, begun = 1.05*weight_bytes(model), reserved(folder)
     def write(tmp, add=None):
         _write_model(model, tmp)

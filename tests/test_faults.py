@@ -160,6 +160,7 @@ STAGES = dict(load='prunebook.cli._load', prune='prunebook.methods.prune', save=
 @pytest.mark.fault('Ctrl-C or SIGTERM ends `prune`', 'Exit code 130 or 143. What is at `--out` is as it was, nothing is left beside it, and the message says what is there.')
 def test_signals(stage, number, code, word, models, tmp_path, monkeypatch, capsys):
     def end(*a, **kw): os.kill(os.getpid(), number); time.sleep(5)
+    if signal.getsignal(number) == signal.SIG_IGN: signal.signal(number, signal.default_int_handler)  # started in the background
     old, handler = tmp_path/'old', signal.getsignal(number)
     assert main(prune(models/'dense', old)) == 0
     capsys.readouterr()

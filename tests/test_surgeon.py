@@ -426,7 +426,7 @@ def test_a_foreign_state_is_refused(tmp_path):
 def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
     m, file = tiny_model('llama'), tmp_path/'run.pt'
     save_state(file, dict(run=1), m, done=1)
-    def broken(obj, path): open(path, 'w').write('half'); raise OSError('disk full')
+    def broken(obj, f): f.write(b'half'); raise OSError('disk full')
     monkeypatch.setattr(torch, 'save', broken)
     with pytest.raises(OSError): save_state(file, dict(run=1), m, done=2)
     assert load_state(file, dict(run=1))['done'] == 1 and [p.name for p in tmp_path.iterdir()] == ['run.pt']
