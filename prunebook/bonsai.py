@@ -486,6 +486,8 @@ class Bonsai(Method):
     spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
     log: str = None # file to keep evaluations in, and to go on from
 
+    def only_slices(self): return not self.restore
+
     @classmethod
     def published(cls, **settings):
         "The published defaults (masks, prior, regression, choice), with changes."

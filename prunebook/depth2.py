@@ -251,6 +251,8 @@ class Depth2(Method):
     seed: int = 0 # of random heads and random tokens
     device: str = None # visit this device block by block; by default blocks stay where they are
 
+    def only_slices(self): return self.reconstruct == 'none'
+
     @classmethod
     def published(cls,
         **settings, # those that shall differ

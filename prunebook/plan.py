@@ -256,13 +256,17 @@ def check_plan(
 @patch
 def apply(self:PrunePlan,
     model, # the dense model the plan was made for; changed in place
+    calibration=None, # the `Windows` that the plan was made with; needed where weights were re-fitted
 ):
-    "Slice `model` as planned and return it. Raises `ValueError` for another model, or for values that were cut in a basis of their own."
+    "Make the model that the plan made, and return it. Raises `ValueError` for another model, or where weights were re-fitted and cannot be again."
     if (found := model_fingerprint(model)) != self.model:
         raise ValueError(f'This plan was made for model {self.model}, but this one is {found}; load the dense model it was made for.')
     if self.settings.get('turn') and any(n.endswith('value_channel') and len(k) < self.units[n] for n, k in self.kept.items()):
         raise ValueError('This plan cut values in a basis of their own, which the dense model does not have; load the pruned model that was saved.')
-    return slice_units(model, self.kept)
+    from prunebook.methods import configured, is_method
+    method = configured(self.method, self.settings) if is_method(self.method) else None
+    if method is None or method.only_slices(): return slice_units(model, self.kept)         # made by hand, or by slicing alone
+    return method.repeat(model, self, calibration)
 
 @patch
 def counts(self:PrunePlan):

@@ -206,6 +206,7 @@ class Recipe(Scored):
     measure_seqlen: int = 256 # their first tokens
     log: str = None # file that keeps the probes, so that another sparsity need not repeat them
 
+    def only_slices(self): return not (self.restore or self.turn)
     def walks(self): return 1
 
 # %% ../nbs/70_recipe.ipynb #f9235390

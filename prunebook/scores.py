@@ -37,6 +37,7 @@ class Scored(Method):
 
     def scores(self, model, windows, table): return {}      # by coupling name; empty if `score` is asked on the walk
     def score(self, W, c, stage): raise NotImplementedError(f'{type(self).__name__} has neither scores() nor score().')
+    def only_slices(self): return not self.solves()          # whether it changes no weight that stays
     def walks(self): return int(self.restore)               # walks over the calibration tokens
     def solves(self): return self.restore                   # whether a walk solves for new columns
     def damping(self, windows): return damp_for(windows.ids.numel()) if self.damp is None else self.damp
@@ -265,6 +266,7 @@ class FLAP(Scored):
         super().check()
         if self.compensation not in ('folded', 'bias', 'none'): raise ValueError(f'compensation is {self.compensation!r}; it is "folded", "bias" or "none".')
 
+    def only_slices(self): return not self.restore and self.compensation == 'none'
     def solves(self): return self.restore or self.compensation == 'folded'
     def walks(self): return 1 + self.solves()
 

@@ -119,6 +119,15 @@ class StreamMethod(Method):
         "Prune a model in memory; kept units and scores by coupling name."
         return stream(self, InMemory(model, self.device), windows, sparsity)
 
+    def only_slices(self): return not self.restore
+
+    def repeat(self, model, plan, calibration):
+        "The model that a plan made: the same stream with its units given. Raises `ValueError` without the text."
+        if calibration is None:
+            raise ValueError(f'This plan re-fitted weights on {plan.calibration}; give these windows, plan.apply(model, windows), or load the saved model.')
+        stream(self, InMemory(model, self.device), calibration, plan.sparsity, given=plan.kept)
+        return model
+
 # %% ../nbs/07_stream.ipynb #a346b0a0
 def stream(
     method, # a `StreamMethod`
@@ -126,6 +135,7 @@ def stream(
     windows, # calibration `Windows`
     sparsity, # fraction of the decoder's parameters to remove
     log=None, # a `StreamLog` that keeps every finished block
+    given=None, # kept units by coupling name, from a plan; nothing is scored then
 ):
     "Prune the blocks of a source one after the other; kept units and scores by coupling name."
     table, total = method.table(source.model), n_parameters(decoder_linears(source.model).values())
@@ -135,9 +145,11 @@ def stream(
     read = windows if method.reads_text or method.restore else None
     for v in visits(source, read, table, batch_size=method.batch_size, desc=method.name, log=log):
         name = v.coupling.name
-        scores[name] = method.score(v).cpu()
-        kept[name] = keep_after(v.coupling, scores[name], steps[name])
-        if steps[name]: v.cut(kept[name], method.repair(v, v.columns(kept[name])))
+        if given is None:
+            scores[name] = method.score(v).cpu()
+            kept[name] = keep_after(v.coupling, scores[name], steps[name])
+        else: kept[name] = given[name]
+        if len(kept[name]) < v.coupling.n_units: v.cut(kept[name], method.repair(v, v.columns(kept[name])))
     return kept, scores
 
 # %% ../nbs/07_stream.ipynb #ab194975

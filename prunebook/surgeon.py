@@ -437,6 +437,8 @@ class Surgeon(Method):
     correction: int = 0 # rank of the first-order correction after each shot; 0 for none
     spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
 
+    def only_slices(self): return self.update == 'none' and not self.correction
+
 # %% ../nbs/52_surgeon.ipynb #3654361b
 @patch
 def check(self:Surgeon):

@@ -6,12 +6,11 @@ import pytest
 import torch
 from helpers import tiny_model
 from hypothesis import given, strategies as st
-from prunebook.couplings import anatomy, couplings, weight_of
+from prunebook.couplings import anatomy, couplings, slice_units, weight_of
 from prunebook.depth2 import (CHOICES, Depth2, Moments, block_errors, column_moments, cross_gram, head_distances, js_sums, observed_attention,
                               removal_order, second_level, similarity_scores)
 from prunebook.methods import as_method, prune
 from prunebook.models import TINY
-from prunebook.plan import PrunePlan
 from prunebook.repair import restore_columns
 from prunebook.save import load_pruned, save_pruned
 from prunebook.text import Windows
@@ -284,8 +283,9 @@ def test_every_kind_of_unit_shrinks_on_every_family(family, units):
         return
     small, plan = prune(m, w, Depth2(units=units), .2)
     assert .2 - 1e-9 <= plan.true_sparsity < .35 and small(w.ids).logits.isfinite().all()
-    again = PrunePlan.apply(plan, copy.deepcopy(m))
+    again = slice_units(copy.deepcopy(m), plan.kept)
     assert all(p.shape == q.shape for p, q in zip(again.parameters(), small.parameters()))
+    with pytest.raises(ValueError, match='depth2 cannot repeat'): plan.apply(copy.deepcopy(m))
 
 
 @pytest.mark.parametrize('units', [('mlp_channel',), ('query_head', 'mlp_channel')])

@@ -377,7 +377,7 @@ def test_a_turned_model_is_saved_and_its_plan_needs_it(tmp_path):
     assert load_pruned(tmp_path/'small')[0](ids).logits.equal(small(ids).logits)
     with pytest.raises(ValueError, match='basis of their own'): plan.apply(model)
     as_trained = prune(model, random_tokens(model, n=4, seqlen=24), Recipe(units=('value_channel',), turn=False), .05)[1]
-    as_trained.apply(model)
+    with pytest.raises(ValueError, match='recipe cannot repeat'): as_trained.apply(model)
 
 
 def test_modules_that_stay_whole_steer_only_with_trust():

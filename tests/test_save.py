@@ -232,7 +232,7 @@ def test_plan_tokenizer_and_manifest_are_there(tmp_path, tiny_tokenizer):
     again, tokenizer, read = load_pruned(str(folder), device='cpu')
     assert read == plan and torch.equal(logits(again), logits(small))
     assert tokenizer.decode(tokenizer('a "b"\nc').input_ids, skip_special_tokens=True) == 'a "b"\nc'
-    assert repr(read.apply(copy.deepcopy(dense))) == repr(small)
+    assert torch.equal(logits(read.apply(copy.deepcopy(dense), w)), logits(small))
     assert os.stat(folder).st_mode & 0o777 == 0o755
     assert [p.name for p in folder.parent.iterdir()] == ['b']
 

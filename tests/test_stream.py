@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from prunebook.couplings import anatomy, couplings
 from prunebook.fasp import FASP
-from prunebook.methods import prune
+from prunebook.methods import configured, prune
 from prunebook.models import TINY, verify
 from prunebook.save import load_pruned
 from prunebook.sources import InMemory, OnDisk, tensor_files
@@ -149,6 +149,30 @@ def test_a_method_without_text_computes_nothing(monkeypatch):
     monkeypatch.setattr(type(m.model), 'forward', None)
     kept, _ = stream(First(), InMemory(m), text(m), .2)
     assert all(k == list(range(len(k))) for k in kept.values())
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_a_plan_makes_the_same_weights_again(family):
+    m = tiny_model(family)
+    small, plan = prune(m, text(m), FASP(units=UNITS[1]), .2)
+    assert equal(plan.apply(tiny_model(family), text(m)), small)
+    with pytest.raises(ValueError, match='give these windows'): plan.apply(tiny_model(family))
+
+
+@pytest.mark.parametrize('name, settings', [('surgeon', {}), ('depth2', {}), ('recipe', {}), ('bonsai', dict(evaluations=8, seqlen=12, restore=True)),
+                                            ('flap', {}), ('magnitude', dict(restore=True))])
+def test_a_plan_never_gives_an_unrepaired_model(name, settings):
+    m = tiny_model('llama')
+    small, plan = prune(m, random_tokens(m, n=12, seqlen=24), configured(name, settings), .2)
+    with pytest.raises(ValueError, match='cannot repeat from a plan|basis of their own'): plan.apply(tiny_model('llama'))
+
+
+@pytest.mark.parametrize('name, settings', [('surgeon', dict(update='none')), ('depth2', dict(reconstruct='none')), ('bonsai', dict(evaluations=8, seqlen=12)),
+                                            ('flap', dict(compensation='none')), ('magnitude', {}), ('fasp', dict(restore=False))])
+def test_a_plan_of_slicing_alone_needs_no_text(name, settings):
+    m = tiny_model('llama')
+    small, plan = prune(m, random_tokens(m, n=12, seqlen=24), configured(name, settings), .2)
+    assert equal(plan.apply(tiny_model('llama')), small)
 
 
 def test_sparsity_zero_is_a_copy(tmp_path):
