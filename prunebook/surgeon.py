@@ -346,6 +346,7 @@ def low_rank_step(
     return -left @ (P[:, :rank]*s[:rank]) @ Q[:rank] @ right.T, .5*s[:rank].square().sum().item()
 
 # %% ../nbs/52_surgeon.ipynb #9c04934f
+@torch.enable_grad()
 def loss_slopes(
     model, # a causal language model in evaluation mode
     windows, # `Windows` to read
@@ -372,7 +373,6 @@ def _gradients_of(model, wanted):
     finally:
         for p, flag in flags: p.requires_grad_(flag)
 
-@torch.enable_grad()
 def _summed_loss(model, ids):
     "Cross-entropy of all predictions."
     return F.cross_entropy(model(ids[:, :-1], use_cache=False).logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction='sum')

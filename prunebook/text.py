@@ -172,13 +172,18 @@ def _start(model):
     if start is None: raise ValueError('The configuration has no bos_token_id to begin with; set model.config.bos_token_id.')
     return start[0] if isinstance(start, (list, tuple)) else start
 
+def _past(output):
+    "What a forward pass keeps for the next one: a keyword argument, under the name that this version of transformers has for it."
+    name = 'cache' if 'cache' in output else 'past_key_values'
+    return {name: output[name]}
+
 @torch.no_grad()
 def _write(model, ids, new, temperature, gen, progress):
     "`ids` (size, t) and `new` tokens that `model` samples after each row."
-    written, cache = [ids], None
+    written, past = [ids], {}
     for _ in range(new):
-        r = model(written[-1], past_key_values=cache, use_cache=True)
-        cache, logits = r.past_key_values, r.logits[:, -1].float()
+        r = model(written[-1], **past, use_cache=True)
+        past, logits = _past(r), r.logits[:, -1].float()
         written.append(torch.multinomial((logits/temperature).softmax(-1), 1, generator=gen))
         progress.update(len(ids))
     return torch.cat(written, 1)

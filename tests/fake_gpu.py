@@ -160,6 +160,7 @@ class FakeGPU(TorchDispatchMode):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         self._exits.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         self._replace(torch.nn.functional, 'scaled_dot_product_attention', self._attention)
+        self._replace(torch.nn.Module, '_apply', self._conversion)
         self._replace(torch, 'tensor', self._new_tensor)
         self._replace(torch, 'Generator', lambda old: Generator)
         return super().__enter__()
@@ -173,6 +174,17 @@ class FakeGPU(TorchDispatchMode):
         old = getattr(owner, name)
         setattr(owner, name, make(old))
         self._exits.callback(setattr, owner, name, old)
+
+    def _conversion(self, old):
+        "PyTorch makes a new parameter for every module here; on a device, one that two modules share stays one."
+        def apply(module, *args, **kw):
+            names = collections.defaultdict(list)
+            for name, p in module.named_parameters(remove_duplicate=False): names[id(p)].append(name)
+            old(module, *args, **kw)
+            for first, *others in names.values():
+                for owner, _, name in (n.rpartition('.') for n in others): setattr(module.get_submodule(owner), name, module.get_parameter(first))
+            return module
+        return apply
 
     def _new_tensor(self, old):
         def tensor(data, *args, device=None, **kw):

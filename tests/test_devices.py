@@ -136,3 +136,10 @@ def test_saving_from_the_device(tmp_path):
     with FakeGPU(): model.to('gpu:0').save_pretrained(tmp_path)
     again, model = type(model).from_pretrained(tmp_path), tiny_model('qwen2')
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+
+
+def test_shared_parameters_stay_one():
+    "Embedding and output layer of one tensor, after every conversion."
+    with FakeGPU():
+        for m in (tiny_model('mistral'), tiny_model('mistral').to(device()), tiny_model('mistral').to(device()).bfloat16()):
+            assert m.config.tie_word_embeddings and m.lm_head.weight is m.model.embed_tokens.weight

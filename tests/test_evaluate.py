@@ -4,6 +4,7 @@ import configparser
 import copy
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -18,10 +19,11 @@ import torch
 from torch.nn import functional as F
 
 from prunebook import evaluate
-from prunebook.evaluate import (Perplexity, loss_difference, measure, peak_memory, perplexity, plot_report, report_table, speed,
-                                weight_bytes, window_losses, zero_shot)
+from prunebook.evaluate import (Perplexity, counted_flops, loss_difference, measure, peak_memory, perplexity, plot_report, report_table,
+                                speed, weight_bytes, window_losses, zero_shot)
+from prunebook.couplings import anatomy
 from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model
-from prunebook.text import Windows, load_windows, random_tokens
+from prunebook.text import Windows, load_windows, random_tokens, self_generated
 
 matplotlib.use('Agg')
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -221,6 +223,24 @@ def test_speed(family):
     assert list(rates) == ['prefill', 'decode']
     assert all(0 < low <= median <= high < math.inf for median, low, high in rates.values())
     assert rates['prefill'][0] > rates['decode'][0]        # 40 tokens at once against one by one
+
+
+def test_caches_have_the_name_of_this_version(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.Logger, 'warning_once', lambda self, message, *args: said.append(message))
+    for family in TINY: speed(tiny_model(family), prompt=8, new=1, repeats=1)
+    self_generated(tiny_model('llama'), n=1, seqlen=4)
+    assert not [s for s in said if 'deprecated' in s]
+
+
+@pytest.mark.parametrize('family', TINY)
+def test_attention_is_counted(family):
+    "Two products for each pair of positions and channel of a query head, and two operations for each."
+    model, ids = tiny_model(family), torch.arange(3, 35).view(2, 16)
+    layers = [*decoder_linears(model).values(), model.lm_head]
+    read = sum(b.heads*(b.head_dim + b.value_dim) for b in anatomy(model))
+    by_hand = ids.numel()*(sum(2*layer.weight.numel() for layer in layers) + 2*16*read)
+    assert by_hand <= counted_flops(lambda: model(ids)) < 1.01*by_hand
 
 
 def test_speed_counts_tokens_and_runs(monkeypatch):
