@@ -204,15 +204,23 @@ def _link(file, new):
     try: os.link(file, new)
     except OSError: shutil.copyfile(file, new)
 
+def _outside(source, dtype):
+    "Write each tensor that belongs to no block to a file of its own; the files."
+    files = []
+    for i, name in enumerate(source.outside()):
+        files.append(source.out/f'rest-{i:05d}.safetensors')
+        save_file({name: read_tensor(source.files, name).to(dtype)}, files[-1], metadata=dict(format='pt'))
+    return files
+
 def write_checkpoint(
     source, # the `OnDisk` source, all of whose blocks were closed
     folder, # folder that gets the checkpoint
 ):
     "Write weights, index, configuration and, where the widths ask for it, the modelling file."
-    dtype, parts = source.model.dtype, [source.file(b) for b in anatomy(source.model)]
-    rest = source.out/'rest.safetensors'
-    save_file({n: read_tensor(source.files, n).to(dtype) for n in source.outside()}, rest, metadata=dict(format='pt'))
-    weight_map, size, parts = {}, 0, [rest, *parts]
+    dtype = source.model.dtype
+    source.model.to('meta')                                # what it holds outside of its blocks is read again, one tensor at a time
+    parts = [*_outside(source, dtype), *[source.file(b) for b in anatomy(source.model)]]
+    weight_map, size = {}, 0
     for i, part in enumerate(parts, 1):
         name = f'model-{i:05d}-of-{len(parts):05d}.safetensors'
         _link(part, folder/name)
