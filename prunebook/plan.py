@@ -264,8 +264,10 @@ def apply(self:PrunePlan,
     if self.settings.get('turn') and any(n.endswith('value_channel') and len(k) < self.units[n] for n, k in self.kept.items()):
         raise ValueError('This plan cut values in a basis of their own, which the dense model does not have; load the pruned model that was saved.')
     from prunebook.methods import configured, is_method
-    method = configured(self.method, self.settings) if is_method(self.method) else None
-    if method is None or method.only_slices(): return slice_units(model, self.kept)         # made by hand, or by slicing alone
+    known = is_method(self.method)
+    if self.settings and not known: raise ValueError(f'This plan was made by {self.method}, which is not known here; import the module that defines it.')
+    method = configured(self.method, self.settings) if known else None   # None: a plan made by hand
+    if method is None or method.only_slices(): return slice_units(model, self.kept)
     return method.repeat(model, self, calibration)
 
 @patch

@@ -260,7 +260,7 @@ def example(model, kinds=('value_channel', 'mlp_channel')):
     "A plan that keeps the first half of every group."
     table = couplings(model, kinds)
     kept = {c.name: [i for i in range(c.n_units) if i % (c.n_units//c.groups) < c.n_units//c.groups//2] for c in table}
-    return PrunePlan('half', {'a': [1, 2]}, .3, kept, {c.name: c.n_units for c in table}, model_fingerprint(model), scores={c.name: [.5]*c.n_units for c in table})
+    return PrunePlan('half', {}, .3, kept, {c.name: c.n_units for c in table}, model_fingerprint(model), scores={c.name: [.5]*c.n_units for c in table})
 
 
 def test_versions_are_recorded():

@@ -167,6 +167,15 @@ def test_a_plan_never_gives_an_unrepaired_model(name, settings):
     with pytest.raises(ValueError, match='cannot repeat from a plan|basis of their own'): plan.apply(tiny_model('llama'))
 
 
+def test_a_plan_of_an_unknown_method_is_refused():
+    m = tiny_model('llama')
+    _, plan = prune(m, text(m), FASP(), .2)
+    plan.method = 'of another package'
+    with pytest.raises(ValueError, match='not known here'): plan.apply(m)
+    plan.settings = {}                                      # made by hand
+    assert plan.apply(m) is m
+
+
 @pytest.mark.parametrize('name, settings', [('surgeon', dict(update='none')), ('depth2', dict(reconstruct='none')), ('bonsai', dict(evaluations=8, seqlen=12)),
                                             ('flap', dict(compensation='none')), ('magnitude', {}), ('fasp', dict(restore=False))])
 def test_a_plan_of_slicing_alone_needs_no_text(name, settings):
