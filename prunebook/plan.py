@@ -125,11 +125,14 @@ def tensor_sums(
     size=2**18, # integers in a part
 ):
     "Exact checksums of a tensor's values as bfloat16, without the smallest, one for each part: a list of integers."
-    flat = F.hardshrink(values.detach().to(torch.bfloat16).flatten(), 2**-17)                # what float16 cannot hold counts as zero
-    words = F.pad(flat, (0, -len(flat) % 4)).view(torch.int64)
-    factors = torch.arange(1, 2*min(size, len(words)), 2, device=words.device)*-7046029254386353131
+    flat = values.detach().flatten()
+    factors = torch.arange(1, 2*min(size, -(-len(flat)//4)), 2, device=flat.device)*-7046029254386353131
     factors = (factors ^ (factors >> 32))*-7046029254386353131 | 1     # well mixed, and odd
-    return torch.stack([(part*factors[:len(part)]).sum() for part in words.split(size)]).cpu().tolist()
+    def total(part):
+        part = F.hardshrink(part.to(torch.bfloat16), 2**-17)  # what float16 cannot hold counts as zero
+        words = F.pad(part, (0, -len(part) % 4)).view(torch.int64)
+        return (words*factors[:len(words)]).sum()
+    return torch.stack([total(part) for part in flat.split(4*size)]).cpu().tolist()
 
 def settings_of(
     model, # a causal language model
