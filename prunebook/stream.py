@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from .couplings import Coupling, anatomy, check_kept, couplings, slice_coupling, slice_units, weight_of
 from .methods import Method, as_method, plain_scores, plain_settings
@@ -20,7 +20,7 @@ from .models import atomic_folder, decoder_linears, n_parameters, reserved_folde
 from .plan import PrunePlan, check_sparsity, keep_after, model_fingerprint, uniform_steps, write_atomic
 from .repair import damp_for, restore_columns
 from .save import fits_stock_class, name_classes, saved_config
-from .sources import InMemory, OnDisk, save_tensors, tensor_files
+from .sources import InMemory, OnDisk, block_file, save_tensors, tensor_files
 from .walk import Stage, walk
 
 # %% ../nbs/07_stream.ipynb #141f8712
@@ -176,9 +176,16 @@ class StreamLog:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f'{self.file} is not the progress of a run ({e}); delete {self.folder}.') from e
         if other: raise ValueError(f'{self.folder} belongs to another run: {", ".join(other)} differ(s). Name another output folder, or delete it.')
+        for file in [self.states_file(done), *[block_file(self.folder, i) for i in range(done)]]: self._check(file)
         self.done, self.decided = done, (kept, scores)
         slice_units(model, kept)
         return self
+
+    def _check(self, file):
+        "Raises `ValueError` for a file of a finished block that is missing or was cut short."
+        try:
+            with safe_open(file, 'pt'): pass
+        except (OSError, SafetensorError) as e: raise ValueError(f'{file} cannot be read ({e}); delete {self.folder} and begin anew.') from e
 
     def states_file(self, done): return self.folder/f'states-{done:05d}.safetensors'
 

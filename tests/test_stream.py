@@ -234,6 +234,21 @@ def test_a_damaged_progress_is_named(progress, tmp_path):
     with pytest.raises(ValueError, match='not the progress of a run'): prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', resume=True)
 
 
+@pytest.mark.parametrize('part', ['block-00000.safetensors', 'states-00002.safetensors'])
+@pytest.mark.parametrize('damage', ['gone', 'cut'])
+def test_a_damaged_finished_block_is_named_before_the_rest_is_computed(part, damage, tmp_path, monkeypatch):
+    m, seen[:] = tiny_model('llama'), []
+    saved(m, tmp_path/'dense')
+    with pytest.raises(KeyboardInterrupt): prune_folder(tmp_path/'dense', text(m), Interrupted(stop_at=3), .2, tmp_path/'small')
+    file = tmp_path/'.small-stream'/part
+    content = file.read_bytes()
+    if damage == 'cut': file.write_bytes(content[:-20])
+    else: file.unlink()
+    monkeypatch.setattr(OnDisk, 'open', None)
+    with pytest.raises(ValueError, match=f'{part}.*begin anew'):
+        prune_folder(tmp_path/'dense', text(m), Interrupted(stop_at=3), .2, tmp_path/'small', resume=True)
+
+
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     "What was finished stays, and the run goes on."
     from prunebook import sources
