@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from .couplings import Coupling, anatomy, check_kept, couplings, slice_coupling, slice_units, weight_of
 from .methods import Method, as_method, plain_scores, plain_settings
-from .models import atomic_folder, decoder_linears, n_parameters, reserved_folder, write_manifest
+from .models import atomic_folder, decoder_linears, is_complete, n_parameters, reserved_folder, write_manifest
 from .plan import PrunePlan, check_sparsity, keep_after, model_fingerprint, uniform_steps, write_atomic
 from .repair import damp_for, restore_columns
 from .save import fits_stock_class, name_classes, saved_config
@@ -276,6 +276,13 @@ def _stream_into(folder, work, calibration, method, sparsity, dtype):
 
 _OURS = re.compile(r'(block|states|rest)-\d{5}\.safetensors|progress\.json|\.(states-\d{5}\.safetensors|progress\.json)-\d+')
 
+def _work(out): return out.with_name(f'.{out.name}-stream')
+
+def _check_ended(out):
+    "Raises `FileExistsError` for a run that was ended between putting its folder in place and clearing its work folder."
+    if (_work(out)/'progress.json').exists() and is_complete(out):
+        raise FileExistsError(f'{out} is there and whole. {_work(out)} was left by a run into it: delete that, or replace the model by resuming with overwrite (--resume --force).')
+
 @contextmanager
 def _work_folder(work, resume):
     "The folder of an unfinished run. Afterwards only what a later run can use stays in it, and what is not ours. Raises `FileExistsError`."
@@ -284,7 +291,7 @@ def _work_folder(work, resume):
     if progress.exists() and not resume: raise FileExistsError(f'{work} holds an interrupted run; resume it, or delete the folder to begin anew.')
     if work.exists() and not progress.exists(): _clear(work)
     work.mkdir(exist_ok=True)
-    try: yield
+    try: yield work
     except BaseException:
         if not progress.exists(): _clear(work)
         raise
@@ -313,9 +320,9 @@ def prune_folder(
     method.check_here()
     check_streams(method)
     files = set(tensor_files(folder).values())
+    if not overwrite: _check_ended(Path(os.path.abspath(out)))
     with reserved_folder(out, sum(f.stat().st_size for f in files), overwrite, folder) as place:
-        work = place.with_name(f'.{place.name}-stream')
-        with _work_folder(work, resume):
+        with _work_folder(_work(place), resume) as work:
             source, plan = _stream_into(folder, work, calibration, method, sparsity, dtype)
             with atomic_folder(out, overwrite, source=folder) as tmp:
                 write_checkpoint(source, tmp)

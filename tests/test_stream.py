@@ -249,6 +249,24 @@ def test_a_damaged_finished_block_is_named_before_the_rest_is_computed(part, dam
         prune_folder(tmp_path/'dense', text(m), Interrupted(stop_at=3), .2, tmp_path/'small', resume=True)
 
 
+def test_a_run_ended_after_its_folder_was_put_in_place(tmp_path, monkeypatch):
+    "The model is whole; what was left is named, and a run that replaces it clears it."
+    from prunebook import stream as module
+    m = tiny_model('llama')
+    saved(m, tmp_path/'dense')
+    def end(work):
+        if (work/'progress.json').exists(): raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, '_clear', end)
+        prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+    assert verify(tmp_path/'small') == []
+    for resume in (True, False):
+        with pytest.raises(FileExistsError, match='is there and whole.*small-stream'):
+            prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', resume=resume)
+    prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', resume=True, overwrite=True)
+    assert verify(tmp_path/'small') == [] and not list(tmp_path.glob('.small*'))
+
+
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     "What was finished stays, and the run goes on."
     from prunebook import sources
