@@ -157,6 +157,9 @@ def continuation(
 ):
     "The prompt and what the model writes after it, token by token the likeliest."
     text = tokenizer(prompt, return_tensors='pt').to(model.device)
+    read = text['input_ids'].shape[1]
+    new = min(new, (getattr(model.config, 'max_position_embeddings', None) or read + new) - read)
+    if new < 1: return prompt                              # the model has no positions for more
     out = model.generate(**text, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 

@@ -6,20 +6,21 @@
 __all__ = ['Visit', 'visits', 'StreamMethod', 'stream', 'StreamLog', 'write_checkpoint', 'check_streams', 'prune_folder']
 
 # %% ../nbs/07_stream.ipynb #f0e958a5
-import json, os, shutil
+import json, os, re, shutil
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from .couplings import Coupling, anatomy, check_kept, couplings, slice_coupling, slice_units, weight_of
 from .methods import Method, as_method, plain_scores, plain_settings
-from .models import atomic_folder, decoder_linears, n_parameters, reserved_folder, write_manifest
+from .models import atomic_folder, decoder_linears, is_complete, n_parameters, reserved_folder, write_manifest
 from .plan import PrunePlan, check_sparsity, keep_after, model_fingerprint, uniform_steps, write_atomic
 from .repair import damp_for, restore_columns
 from .save import fits_stock_class, name_classes, saved_config
-from .sources import InMemory, OnDisk, read_tensor, tensor_files
+from .sources import InMemory, OnDisk, block_file, save_tensors, tensor_files
 from .walk import Stage, walk
 
 # %% ../nbs/07_stream.ipynb #141f8712
@@ -167,14 +168,24 @@ class StreamLog:
     ):
         "Take over what is there. Raises `ValueError` for a folder of another run."
         if not self.file.exists(): return self
-        try: old = json.loads(self.file.read_text(encoding='utf-8'))
-        except ValueError as e: raise ValueError(f'{self.file} is not the progress of a run ({e}); delete {self.folder}.') from e
-        if other := [k for k in self.key if old.get('key', {}).get(k) != self.key[k]]:
-            raise ValueError(f'{self.folder} belongs to another run: {", ".join(other)} differ(s). Name another output folder, or delete it.')
-        self.done = old['done']
-        self.decided = old['kept'], {n: torch.tensor(s, dtype=torch.float64) for n, s in old['scores'].items()}
-        slice_units(model, old['kept'])
+        try:
+            old = json.loads(self.file.read_text(encoding='utf-8'))
+            key, done, kept, scores = (old[k] for k in ('key', 'done', 'kept', 'scores'))
+            scores = {n: torch.tensor(s, dtype=torch.float64) for n, s in scores.items()}
+            other = [k for k in self.key if key.get(k) != self.key[k]]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f'{self.file} is not the progress of a run ({e}); delete {self.folder}.') from e
+        if other: raise ValueError(f'{self.folder} belongs to another run: {", ".join(other)} differ(s). Name another output folder, or delete it.')
+        for file in [self.states_file(done), *[block_file(self.folder, i) for i in range(done)]]: self._check(file)
+        self.done, self.decided = done, (kept, scores)
+        slice_units(model, kept)
         return self
+
+    def _check(self, file):
+        "Raises `ValueError` for a file of a finished block that is missing or was cut short."
+        try:
+            with safe_open(file, 'pt'): pass
+        except (OSError, SafetensorError) as e: raise ValueError(f'{file} cannot be read ({e}); delete {self.folder} and begin anew.') from e
 
     def states_file(self, done): return self.folder/f'states-{done:05d}.safetensors'
 
@@ -192,7 +203,7 @@ class StreamLog:
     ):
         "Keep the states after a block, then say that it is done."
         before, self.done = self.done, block.layer + 1
-        write_atomic(self.states_file(self.done), lambda file: save_file({str(i): s.contiguous() for i, s in enumerate(states)}, file))
+        write_atomic(self.states_file(self.done), lambda file: save_tensors({str(i): s for i, s in enumerate(states)}, file))
         kept, scores = self.decided
         progress = dict(key=self.key, done=self.done, kept=kept, scores={n: s.tolist() for n, s in scores.items()})
         write_atomic(self.file, json.dumps(progress))
@@ -209,7 +220,7 @@ def _outside(source, dtype):
     files = []
     for i, name in enumerate(source.outside()):
         files.append(source.out/f'rest-{i:05d}.safetensors')
-        save_file({name: read_tensor(source.files, name).to(dtype)}, files[-1], metadata=dict(format='pt'))
+        save_tensors({name: source.read(name).to(dtype)}, files[-1])
     return files
 
 def write_checkpoint(
@@ -232,7 +243,9 @@ def write_checkpoint(
     config = saved_config(source.model, stock)
     config.dtype = dtype
     config.save_pretrained(folder)
-    if source.model.can_generate(): source.model.generation_config.save_pretrained(folder)
+    generation = source.folder/'generation_config.json'
+    if generation.exists(): shutil.copyfile(generation, folder/generation.name)
+    elif source.model.can_generate(): source.model.generation_config.save_pretrained(folder)
     name_classes(folder, source.model, stock)
 
 # %% ../nbs/07_stream.ipynb #df30c3a9
@@ -261,6 +274,35 @@ def _stream_into(folder, work, calibration, method, sparsity, dtype):
     units = {c.name: c.n_units for c in table}
     return source, PrunePlan(method.name, plain_settings(method), sparsity, kept, units, key['model'], repr(calibration), true, plain_scores(scores))
 
+_OURS = re.compile(r'(block|states|rest)-\d{5}\.safetensors|progress\.json|\.(states-\d{5}\.safetensors|progress\.json)-\d+')
+
+def _work(out): return out.with_name(f'.{out.name}-stream')
+
+def _check_ended(out):
+    "Raises `FileExistsError` for a run that was ended between putting its folder in place and clearing its work folder."
+    if (_work(out)/'progress.json').exists() and is_complete(out):
+        raise FileExistsError(f'{out} is there and whole. {_work(out)} was left by a run into it: delete that, or replace the model by resuming with overwrite (--resume --force).')
+
+@contextmanager
+def _work_folder(work, resume):
+    "The folder of an unfinished run. Afterwards only what a later run can use stays in it, and what is not ours. Raises `FileExistsError`."
+    if work.is_symlink() or work.exists() and not work.is_dir(): raise FileExistsError(f'{work} is no folder, and the run needs one there; move it away.')
+    progress = work/'progress.json'
+    if progress.exists() and not resume: raise FileExistsError(f'{work} holds an interrupted run; resume it, or delete the folder to begin anew.')
+    if work.exists() and not progress.exists(): _clear(work)
+    work.mkdir(exist_ok=True)
+    try: yield work
+    except BaseException:
+        if not progress.exists(): _clear(work)
+        raise
+    _clear(work)
+
+def _clear(work):
+    "Remove our files, and the folder if nothing else lies in it."
+    for p in work.iterdir():
+        if _OURS.fullmatch(p.name): p.unlink()
+    with suppress(OSError): work.rmdir()
+
 def prune_folder(
     folder, # folder of a checkpoint in the format safetensors
     calibration, # `Windows` of text, cut with the tokenizer of that folder
@@ -278,17 +320,13 @@ def prune_folder(
     method.check_here()
     check_streams(method)
     files = set(tensor_files(folder).values())
+    if not overwrite: _check_ended(Path(os.path.abspath(out)))
     with reserved_folder(out, sum(f.stat().st_size for f in files), overwrite, folder) as place:
-        work = place.with_name(f'.{place.name}-stream')
-        begun = (work/'progress.json').exists()
-        if begun and not resume: raise FileExistsError(f'{work} holds an interrupted run; resume it, or delete the folder to begin anew.')
-        if work.exists() and not begun: shutil.rmtree(work)
-        work.mkdir(exist_ok=True)
-        source, plan = _stream_into(folder, work, calibration, method, sparsity, dtype)
-        with atomic_folder(out, overwrite, source=folder) as tmp:
-            write_checkpoint(source, tmp)
-            if tokenizer is not None: tokenizer.save_pretrained(tmp)
-            plan.save(tmp/'plan.json')
-            write_manifest(tmp)
-        shutil.rmtree(work)
+        with _work_folder(_work(place), resume) as work:
+            source, plan = _stream_into(folder, work, calibration, method, sparsity, dtype)
+            with atomic_folder(out, overwrite, source=folder) as tmp:
+                write_checkpoint(source, tmp)
+                if tokenizer is not None: tokenizer.save_pretrained(tmp)
+                plan.save(tmp/'plan.json')
+                write_manifest(tmp)
     return plan

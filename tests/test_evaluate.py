@@ -462,3 +462,15 @@ def test_extra_brings_what_zero_shot_imports(extra):
     cfg = configparser.ConfigParser(delimiters=['='], interpolation=None)
     cfg.read(Path(__file__).resolve().parent.parent/'settings.ini', encoding='utf-8')
     assert re.search(r'^(lm_eval\[.*\bhf\b.*\]|accelerate\b)', cfg['DEFAULT']['requirements'] + cfg['DEFAULT'][extra], re.M) and re.search(r'^lm_eval', cfg['DEFAULT'][extra], re.M)
+
+
+@pytest.mark.parametrize('positions, written', [(64, 39), (28, 3), (25, 0), (20, 0)])
+def test_a_sample_ends_where_the_positions_end(positions, written, tiny_tokenizer):
+    "GPT-2 has a table of positions; one more is an index that is not there."
+    m, prompt = tiny_model('gpt2', n_positions=positions), 'The old lighthouse keeper'[:24]
+    m.generation_config.eos_token_id = None
+    ids = tiny_tokenizer(prompt, return_tensors='pt')['input_ids']
+    seen = []
+    m.register_forward_pre_hook(lambda _, args, kw: seen.append(kw['input_ids'].shape[1]), with_kwargs=True)
+    out = evaluate.continuation(m, tiny_tokenizer, prompt, new=39)
+    assert ids.shape[1] == 25 and out.startswith(prompt) and len(seen) == written

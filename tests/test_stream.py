@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prunebook.couplings import anatomy, couplings
@@ -131,6 +131,156 @@ def test_a_lost_tensor_is_named(tmp_path):
     del content['weight_map']['model.layers.1.mlp.up_proj.weight']
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match='model.layers.1.mlp.up_proj.weight'): prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+
+
+def edited(m, folder, change):
+    "A checkpoint in one file whose tensors were changed by a function."
+    file = saved(m, folder, '1GB')/'model.safetensors'
+    tensors = change(load_file(file))
+    save_file({n: t.clone() for n, t in tensors.items()}, file, metadata=dict(format='pt'))
+    return folder
+
+
+def body_alone(tensors): return {n.removeprefix('transformer.').removeprefix('model.'): t for n, t in tensors.items()}
+def with_masks(tensors): return {**body_alone(tensors), 'h.0.attn.bias': torch.ones(1, 1, 8, 8)}
+def with_frequencies(tensors): return {**tensors, 'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(4)}
+def head_twice(tensors): return {**tensors, 'lm_head.weight': tensors['transformer.wte.weight']}
+
+
+@pytest.mark.parametrize('family, change', [('llama', body_alone), ('gpt2', body_alone), ('opt', body_alone), ('gpt2', with_masks),
+                                            ('llama', with_frequencies), ('gpt2', head_twice)])
+def test_a_checkpoint_may_have_other_names(family, change, tmp_path):
+    "What `transformers` reads as the same model is streamed as the same model: its plan can be applied to it."
+    m = tiny_model(family)
+    streamed = prune_folder(edited(m, tmp_path/'dense', change), text(m), 'fasp', .2, tmp_path/'small')
+    small, plan = prune(AutoModelForCausalLM.from_pretrained(tmp_path/'dense').eval(), text(m), 'fasp', .2)
+    assert streamed == plan and equal(load_pruned(tmp_path/'small', device='cpu')[0], small)
+
+
+UP = 'model.layers.1.mlp.up_proj.weight'
+
+
+@pytest.mark.parametrize('family, change, message', [
+    ('llama', lambda t: {n: v for n, v in t.items() if n != 'lm_head.weight'}, 'no tensor lm_head.weight'),
+    ('llama', lambda t: {**t, 'model.layers.9.mlp.up_proj.weight': t[UP]}, 'has no place'),
+    ('llama', lambda t: {**t, 'model.embed_tokens.weight': t['model.embed_tokens.weight'][:-3]}, 'configuration belongs to another model'),
+    ('llama', lambda t: {**t, 'lm_head.weight': t['lm_head.weight'][:-3]}, 'configuration belongs to another model'),
+    ('llama', lambda t: {**t, UP: t[UP].to(torch.int8)}, 'quantized'),
+    ('llama', lambda t: {**t, UP: t[UP].to(torch.float8_e4m3fn)}, 'quantized'),
+    ('llama', lambda t: {**t, UP: t[UP]/0}, 'not finite|infinite'),
+    ('gpt2', lambda t: {**t, 'lm_head.weight': t['transformer.wte.weight'] + 1}, 'tie_word_embeddings')])
+def test_a_checkpoint_that_is_not_the_model_is_refused_before_any_work(family, change, message, tmp_path, monkeypatch):
+    m = tiny_model(family)
+    edited(m, tmp_path/'dense', change)
+    monkeypatch.setattr(OnDisk, 'open', None)
+    with pytest.raises(ValueError, match=message): prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+    assert [p.name for p in tmp_path.iterdir()] == ['dense']
+
+
+@pytest.mark.parametrize('settings', [dict(quant_method='gptq', bits=4), dict(quant_method='fp8')], ids=lambda s: s['quant_method'])
+def test_a_quantized_checkpoint_is_refused(settings, tmp_path):
+    m = tiny_model('llama')
+    config = saved(m, tmp_path/'dense')/'config.json'
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'quantization_config': settings}))
+    with pytest.raises(ValueError, match='is quantized'): prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+
+
+@pytest.mark.parametrize('named', ['../outside.safetensors', '/outside.safetensors', 'lost.safetensors', '.', 3, None])
+def test_an_index_names_files_beside_it(named, tmp_path):
+    saved(tiny_model('llama'), tmp_path/'dense')
+    index = tmp_path/'dense'/'model.safetensors.index.json'
+    content = json.loads(index.read_text())
+    (tmp_path/'outside.safetensors').write_bytes((tmp_path/'dense'/content['weight_map'][UP]).read_bytes())
+    content['weight_map'][UP] = named
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='no file beside it|has no lost'): tensor_files(tmp_path/'dense')
+
+
+def test_one_whole_file_comes_before_an_index(tmp_path):
+    "As in `transformers`, for a folder that holds both."
+    m = tiny_model('llama')
+    saved(tiny_model('llama', seed=1), tmp_path/'dense')
+    m.save_pretrained(tmp_path/'whole')
+    os.replace(tmp_path/'whole'/'model.safetensors', tmp_path/'dense'/'model.safetensors')
+    assert prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small').model == prune(m, text(m), 'fasp', .2)[1].model
+
+
+def test_how_a_model_generates_is_kept(tmp_path):
+    "Also settings that do not go together, which `transformers` reads and does not write."
+    m = tiny_model('llama')
+    settings = dict(do_sample=False, temperature=.3, max_new_tokens=7, eos_token_id=[2, 5])
+    (saved(m, tmp_path/'dense')/'generation_config.json').write_text(json.dumps(settings))
+    prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+    kept = load_pruned(tmp_path/'small', device='cpu')[0].generation_config
+    assert {n: getattr(kept, n) for n in settings} == settings and verify(tmp_path/'small') == []
+
+
+def test_files_of_others_in_the_work_folder_stay(tmp_path):
+    m = tiny_model('llama')
+    saved(m, tmp_path/'dense')
+    mine = tmp_path/'.small-stream'/'mine.txt'
+    mine.parent.mkdir()
+    mine.write_text('mine')
+    prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+    assert [p.name for p in mine.parent.iterdir()] == ['mine.txt']
+
+
+@pytest.mark.parametrize('progress', ['[]', '{"key": {}}', '{"key"', '{"key": 1, "done": 0, "kept": {}, "scores": {}}'])
+def test_a_damaged_progress_is_named(progress, tmp_path):
+    m = tiny_model('llama')
+    saved(m, tmp_path/'dense')
+    (tmp_path/'.small-stream').mkdir()
+    (tmp_path/'.small-stream'/'progress.json').write_text(progress)
+    with pytest.raises(ValueError, match='not the progress of a run'): prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', resume=True)
+
+
+@pytest.mark.parametrize('part', ['block-00000.safetensors', 'states-00002.safetensors'])
+@pytest.mark.parametrize('damage', ['gone', 'cut'])
+def test_a_damaged_finished_block_is_named_before_the_rest_is_computed(part, damage, tmp_path, monkeypatch):
+    m, seen[:] = tiny_model('llama'), []
+    saved(m, tmp_path/'dense')
+    with pytest.raises(KeyboardInterrupt): prune_folder(tmp_path/'dense', text(m), Interrupted(stop_at=3), .2, tmp_path/'small')
+    file = tmp_path/'.small-stream'/part
+    content = file.read_bytes()
+    if damage == 'cut': file.write_bytes(content[:-20])
+    else: file.unlink()
+    monkeypatch.setattr(OnDisk, 'open', None)
+    with pytest.raises(ValueError, match=f'{part}.*begin anew'):
+        prune_folder(tmp_path/'dense', text(m), Interrupted(stop_at=3), .2, tmp_path/'small', resume=True)
+
+
+def test_a_run_ended_after_its_folder_was_put_in_place(tmp_path, monkeypatch):
+    "The model is whole; what was left is named, and a run that replaces it clears it."
+    from prunebook import stream as module
+    m = tiny_model('llama')
+    saved(m, tmp_path/'dense')
+    def end(work):
+        if (work/'progress.json').exists(): raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, '_clear', end)
+        prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+    assert verify(tmp_path/'small') == []
+    for resume in (True, False):
+        with pytest.raises(FileExistsError, match='is there and whole.*small-stream'):
+            prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', resume=resume)
+    prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', resume=True, overwrite=True)
+    assert verify(tmp_path/'small') == [] and not list(tmp_path.glob('.small*'))
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    "What was finished stays, and the run goes on."
+    from prunebook import sources
+    m, write, written = tiny_model('llama'), sources.save_file, []
+    def full(tensors, file, **kw):
+        written.append(file)
+        if len(written) > 3: raise sources.SafetensorError('I/O error: No space left on device')
+        return write(tensors, file, **kw)
+    saved(m, tmp_path/'dense')
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match='free some space'):
+        patch.setattr(sources, 'save_file', full)
+        prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small')
+    streamed = prune_folder(tmp_path/'dense', text(m), 'fasp', .2, tmp_path/'small', resume=True)
+    assert streamed.kept == prune(m, text(m), 'fasp', .2)[1].kept and not list(tmp_path.glob('.small*'))
 
 
 @pytest.mark.parametrize('method', ['bonsai', 'surgeon', 'taylor', 'recipe', 'depth2', 'flap'])
