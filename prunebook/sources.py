@@ -127,7 +127,7 @@ def _checked(name, value, shape):
     if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f'{name} holds {value.dtype}, so that the checkpoint is quantized; take the one in bfloat16, prune, and quantize the result.')
     if value.shape != shape: raise ValueError(f'{name} is {tuple(value.shape)} in the checkpoint and {tuple(shape)} in the model; the configuration belongs to another model.')
-    if not value.isfinite().all(): raise ValueError(f'{name} holds NaN or infinite values; get the checkpoint again before pruning it.')
+    if not torch.stack(value.aminmax()).isfinite().all(): raise ValueError(f'{name} holds NaN or infinite values; get the checkpoint again before pruning it.')
     return value
 
 def block_file(folder, layer): return Path(folder)/f'block-{layer:05d}.safetensors'
