@@ -123,11 +123,21 @@ class StreamMethod(Method):
     def only_slices(self): return not self.restore
 
     def repeat(self, model, plan, calibration):
-        "The model that a plan made: the same stream with its units given. Raises `ValueError` without the text."
-        if calibration is None:
-            raise ValueError(f'This plan re-fitted weights on {plan.calibration}; give these windows, plan.apply(model, windows), or load the saved model.')
-        stream(self, InMemory(model, self.device), calibration, plan.sparsity, given=plan.kept)
+        "The model that a plan made: the same stream with its units given. Raises `ValueError` without the same text, or for a plan that was changed."
+        if all(len(k) == plan.units[n] for n, k in plan.kept.items()): return model            # nothing was cut
+        if f'[{getattr(calibration, "fingerprint", None)}]' not in plan.calibration:
+            given = '' if calibration is None else f', not {calibration!r}'
+            raise ValueError(f'This plan re-fitted weights on {plan.calibration}{given}; give these windows, plan.apply(model, windows), or load the saved model.')
+        if other := {c.name for c in self.table(model)} ^ plan.kept.keys():
+            raise ValueError(f'The units and the settings of this plan do not agree on {min(other)}; load the saved model.')
+        stream(self, InMemory(model, self._device_here()), calibration, plan.sparsity, given=plan.kept)
         return model
+
+    def _device_here(self):
+        "The device of the settings; None, which leaves blocks where they are, if this machine does not have it."
+        try: self.check_here()
+        except ValueError: return None
+        return self.device
 
 # %% ../nbs/07_stream.ipynb #a346b0a0
 def stream(

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -307,6 +307,33 @@ def test_a_plan_makes_the_same_weights_again(family):
     small, plan = prune(m, text(m), FASP(units=UNITS[1]), .2)
     assert equal(plan.apply(tiny_model(family), text(m)), small)
     with pytest.raises(ValueError, match='give these windows'): plan.apply(tiny_model(family))
+
+
+def test_a_plan_wants_its_own_text():
+    m = tiny_model('llama')
+    _, plan = prune(m, text(m), 'fasp', .2)
+    for other in (random_tokens(m, n=6, seqlen=16, seed=1), random_tokens(m, n=5, seqlen=16), 'text'):
+        with pytest.raises(ValueError, match='give these windows'): plan.apply(tiny_model('llama'), other)
+
+
+@pytest.mark.parametrize('settings', [dict(spare=[1, 0]), dict(units=['value_channel']), dict(units=['mlp_channel', 'value_channel'])])
+def test_a_plan_whose_settings_were_changed_is_refused(settings):
+    m = tiny_model('llama')
+    _, plan = prune(m, text(m), 'fasp', .2)
+    with pytest.raises(ValueError, match='do not agree'): replace(plan, settings={**plan.settings, **settings}).apply(tiny_model('llama'), text(m))
+
+
+@pytest.mark.parametrize('sparsity', [0, .2])
+def test_a_plan_from_a_machine_with_another_device(sparsity):
+    m = tiny_model('llama')
+    small, plan = prune(m, text(m), FASP(spare=(0, 1)), sparsity)
+    elsewhere = replace(plan, settings={**plan.settings, 'device': 'cuda:7'})
+    assert equal(elsewhere.apply(tiny_model('llama'), text(m)), small)
+
+
+def test_a_plan_that_cuts_nothing_needs_no_text():
+    m = tiny_model('llama')
+    assert equal(prune(m, text(m), 'fasp', 0)[1].apply(tiny_model('llama')), m)
 
 
 @pytest.mark.parametrize('name, settings', [('surgeon', {}), ('depth2', {}), ('recipe', {}), ('bonsai', dict(evaluations=8, seqlen=12, restore=True)),
