@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,15 +27,6 @@ from prunebook.text import Windows
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 fork = multiprocessing.get_context('fork') if hasattr(os, 'fork') else None
-
-
-@pytest.fixture(scope='module')
-def own_modules(tmp_path_factory):
-    "A place of our own for the copies that transformers makes of modelling files."
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path_factory.mktemp('modules')))
-        m.setattr(sys, 'path', list(sys.path))
-        yield
 
 
 # ---- what is saved --------------------------------------------------------------------------------------------------
