@@ -136,6 +136,8 @@ class Coupling:
     @property
     def name(self): return f'{self.layer}.{self.kind}'
     @property
+    def part(self): return 'mlp' if self.kind == 'mlp_channel' else 'attention'
+    @property
     def n_units(self): return len(self.second[1])
     def __repr__(self):
         shape = lambda n, t: f'{n.split(".")[-1]} {t.shape[1]}'

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunebook.methods import configured, prune
+from prunebook.methods import configured
+
+from prunebook.pruning import prune
 from prunebook.models import TINY, tiny_model
 from prunebook.text import random_tokens
 
@@ -25,7 +27,7 @@ SETTINGS = {
     'magnitude-restored': ('magnitude', dict(restore=True)),
     'wanda_sp': ('wanda_sp', {}),
     'flap': ('flap', {}),
-    'flap-bias': ('flap', dict(compensation='bias')),
+    'flap-bias': ('flap', dict(restore='bias')),
     'taylor': ('taylor', {}),
     'fasp': ('fasp', {}),
     'fasp-values': ('fasp', dict(units=VALUES)),
