@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, couplings, family_of
 from .models import blocks, check_writable
 from .plan import check_type, uniform_steps
-from .repair import damp_for, restore_columns
+from .repair import Ridge, damp_for
 from .text import self_generated
 
 # %% ../nbs/06_methods.ipynb #d00r0302
@@ -128,6 +128,7 @@ class Method:
     restore: bool = False # re-fit the kept columns by least squares
     damp: float = setting(None, least=0, is_a='a fraction of the mean diagonal, at least 0, or None') # ridge of the fits, as a fraction of the mean diagonal; `damp_for(tokens)` by default
     towards: Literal['weights', 'zero'] = 'weights' # what the ridge pulls to
+    ridge: Literal['mean', 'own'] = 'mean' # what `damp` is a fraction of: the mean of the diagonal, or each channel's own entry
     spare: tuple[int, ...] = setting((0, 0), least=0, is_a='two numbers of blocks') # blocks at the beginning and at the end that stay whole
 
     name = None # what the method is called
@@ -151,11 +152,11 @@ class Method:
     def repair(self, v, keep):
         "New weight of the kept columns, (d, m)."
         if not self.restore: return v.weight[:, keep]
-        return restore_columns(v.weight, v.gram, keep, self.damping(v.tokens), self.towards)
+        return self.ridge_for(v.tokens).restore(v.weight, v.gram, keep)
 
     # what they share
     def run(self, ctx): return ctx.stream(self)            # one stream; methods of several rounds override it
-    def damping(self, tokens): return damp_for(tokens) if self.damp is None else self.damp
+    def ridge_for(self, tokens): return Ridge(damp_for(tokens) if self.damp is None else self.damp, self.towards, self.ridge)
     def only_slices(self): return not self.restore          # whether it changes no weight that stays
     def work(self, model, tokens, sparsity=.2): "Estimated bytes and operations; None if unknown."
 

@@ -20,7 +20,7 @@ from .couplings import anatomy, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
 from .plan import check_numbers, check_sparsity, global_steps
-from .repair import as_double, double_device, ridge_solve
+from .repair import Ridge, as_double, double_device
 from .text import Windows
 from .walk import record_calls, walk_bytes
 
@@ -202,10 +202,10 @@ def standard_scores(
 def constant_weights(
     C, # second moments of the kept inputs, summed over tokens, (m, m)
     total, # the inputs themselves, summed over tokens, (m,)
-    damp=.01, # ridge, as a fraction of the mean diagonal
+    ridge=Ridge(), # a `Ridge`
 ):
     "Weights v for which vᵀx is as near to 1 as it can be (eq. fold), float64, (m,)."
-    return ridge_solve(C, total[:, None], damp)[:, 0]
+    return ridge.solve(C, total[:, None])[:, 0]
 
 # %% ../nbs/10_scores.ipynb #888ff692
 @dataclass
@@ -241,7 +241,7 @@ class FLAP(Method):
         "Kept columns, with the lost mean in them or in the bias."
         if self.restore in (True, False): return super().repair(v, keep)
         lost = lost_mean(v.weight, keep, v.found['means'][v.coupling.name])
-        if self.restore == 'folded': return fold_mean(v, keep, lost, self.damping(v.tokens))
+        if self.restore == 'folded': return fold_mean(v, keep, lost, self.ridge_for(v.tokens))
         add_bias(v.model.get_submodule(v.second), lost)
         return v.weight[:, keep]
 
@@ -269,11 +269,11 @@ def fold_mean(
     v, # a `Visit`
     keep, # columns that stay, (m,)
     lost, # mean that is lost, (d,)
-    damp, # ridge, as a fraction of the mean diagonal
+    ridge, # a `Ridge`
 ):
     "Kept columns that also make the lost mean (eq. fold), (d, m)."
     total = sum(x.to(double_device(x.device)).flatten(0, -2).sum(0, dtype=torch.float64) for x in v.X)
-    ones = constant_weights(v.gram[keep][:, keep], total[keep.to(total.device)], damp)
+    ones = constant_weights(v.gram[keep][:, keep], total[keep.to(total.device)], ridge)
     kept = as_double(v.weight[:, keep])
     return (kept + lost[:, None].to(kept.device)*ones.to(kept.device)).to(v.weight)
 

@@ -2,7 +2,7 @@
 
 Changed since: GPT-2 keeps its transposed layers where its values are narrow, which were plain linears at version 0.1; so the same weights lie
 the other way round, and their product with the random direction is another one (three cases; units and norms are equal).
-A plan of FASP also lists couplings that lose nothing, as those of other methods did (`fasp-groups`; weights are equal).
+A plan also lists couplings that lose nothing (`fasp-groups`, `depth2-heads`; the cut couplings and all weights are equal).
 
 `python tests/test_parity.py` writes the fixture anew, from the package as it is.
 """
@@ -34,7 +34,7 @@ SETTINGS = {
     'fasp-groups': ('fasp', dict(units=GROUPS, towards='zero', damp=.01)),
     'fasp-cut': ('fasp', dict(restore=False)),
     'depth2': ('depth2', {}),
-    'depth2-heads': ('depth2', dict(units=GROUPS, form='paper', reconstruct='two_step', trust=1.)),
+    'depth2-heads': ('depth2', dict(units=GROUPS, form='paper', restore='two_step', trust=1.)),
     'bonsai': ('bonsai', dict(evaluations=8, seqlen=12)),
     'surgeon': ('surgeon', dict(shots=2)),
     'recipe': ('recipe', {}),
