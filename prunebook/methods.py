@@ -84,9 +84,10 @@ def check_device(
 @dataclass
 class Run:
     "How a run goes, and where it keeps what it has done."
-    batch_size: int = setting(8, least=1, is_a='a number of windows') # windows in a forward pass
+    batch_size: int = setting(8, least=1, is_a='a number of windows') # windows in a forward pass; half as many where gradients are taken
     device: str = None # blocks visit this device one by one; by default they stay where they are
     store: str = None # device that keeps what a method collects over the whole model; by default it stays with its layer
+    lean: bool = False # less memory for more time: activations and inverses are computed twice instead of kept
     log: str = None # file that keeps what was measured, so that an interrupted run, or one with another sparsity, need not measure it again
     out: str = None # folder to make, where the source is a folder
     resume: bool = False # go on with an interrupted run into `out`
@@ -96,6 +97,9 @@ class Run:
     def __post_init__(self):
         "Raises `ValueError` for a value that cannot be."
         for f in fields(self): check_setting(f, getattr(self, f.name))
+
+    @property
+    def gradient_batch(self): return max(1, self.batch_size//2)
 
     def check_here(self):
         "Raises `ValueError` for a device that this machine does not have, and for a log that cannot be written."

@@ -18,7 +18,7 @@ from .models import atomic_folder, check_finite, decoder_linears, is_complete, n
 from .plan import PrunePlan, check_sparsity, model_fingerprint, write_atomic
 from .save import fits_stock_class, name_classes, saved_config
 from .sources import InMemory, OnDisk, block_file, save_tensors, tensor_files
-from .stream import Context
+from .stream import Context, run_key
 
 # %% ../nbs/08_pruning.ipynb #13350b96
 def plain_settings(
@@ -222,11 +222,6 @@ def write_checkpoint(
     name_classes(folder, source.model, stock)
 
 # %% ../nbs/08_pruning.ipynb #3494adf9
-def _run_key(source, method, sparsity, windows):
-    "What decides the result of a streamed run, as plain values."
-    fingerprint = model_fingerprint(source.model, source.tensors())
-    return dict(model=fingerprint, method=method.name, settings=method.settings(), sparsity=sparsity, calibration=windows.fingerprint, dtype=str(source.model.dtype))
-
 def check_streams(
     method, # a `Method`
 ):
@@ -241,7 +236,7 @@ def _stream_into(folder, work, calibration, method, sparsity, run):
     total = n_parameters(decoder_linears(source.model).values())
     check_sparsity(sparsity, method.table(source.model), total)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
-    key = _run_key(source, method, sparsity, calibration)
+    key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)
     kept, scores = method.run(Context(source, calibration, sparsity, run, StreamLog(work, key)))
     true = 1 - n_parameters(decoder_linears(source.model).values())/total
     plan = PrunePlan(method.name, plain_settings(method), sparsity, kept, units, key['model'], repr(calibration), true, plain_scores(scores))

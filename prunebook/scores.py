@@ -342,7 +342,7 @@ class Taylor(Method):
     def prepare(self, ctx):
         few = Windows(ctx.windows.ids[:self.samples, :self.seqlen], ctx.windows.source)
         names = dict.fromkeys(n for c in ctx.table for n in module_names(c))
-        P = weight_times_gradient(ctx.model, few, names, ctx.run.batch_size)
+        P = weight_times_gradient(ctx.model, few, names, ctx.run.gradient_batch)
         if not self.vectorize: P = {n: p.abs() for n, p in P.items()}
         return {c.name: unit_sums(c, P) for c in ctx.table}
 
