@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from huggingface_hub.dataclasses import type_validator
-from .couplings import anatomy, couplings, couplings_of, check_kept, family_of, slice_units, weight_of
+from .couplings import UNITS, anatomy, couplings, couplings_of, check_kept, family_of, slice_units, weight_of
 from .models import decoder_linears, n_parameters
 
 # %% ../nbs/04_plan.ipynb #d00r0002
@@ -87,7 +87,8 @@ def uniform_steps(
 ):
     "How many bundles leave each coupling at the same share everywhere (eq. adjust); dict by coupling name."
     check_sparsity(sparsity, table, total)
-    mlp, attention, needed = [c for c in table if c.kind == 'mlp_channel'], [c for c in table if c.kind != 'mlp_channel'], sparsity*total
+    mlp, attention = ([c for c in table if c.part == part] for part in ('mlp', 'attention'))
+    needed = sparsity*total
     if not needed: return {c.name: 0 for c in table}
     if not (mlp and attention): return _share_out(table, needed)
     share = needed/sum(c.cost*c.n_units for c in table)
@@ -264,7 +265,8 @@ def apply(self:PrunePlan,
     "Make the model that the plan made, and return it. Raises `ValueError` for another model, or where weights were re-fitted and cannot be again."
     if (found := model_fingerprint(model)) != self.model:
         raise ValueError(f'This plan was made for model {self.model}, but this one is {found}; load the dense model it was made for.')
-    if self.settings.get('turn') and any(n.endswith('value_channel') and len(k) < self.units[n] for n, k in self.kept.items()):
+    turns = {k for k, u in UNITS.items() if u.turns}
+    if self.settings.get('turn') and any(kind in turns and left < units for _, kind, left, units in self.counts()):
         raise ValueError('This plan cut values in a basis of their own, which the dense model does not have; load the pruned model that was saved.')
     from prunebook.methods import configured, is_method
     known = is_method(self.method)
