@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .couplings import anatomy, weight_of
 from .models import decoder_linears
 from .plan import check_numbers
-from .repair import as_double
+from .repair import Ridge
 from .walk import gram, replaced
 
 # %% ../nbs/50_curvature.ipynb #3ab72138
@@ -168,10 +168,5 @@ def damped_inverse(
     M, # a factor, symmetric positive semi-definite, (n, n)
     damp=.01, # ridge, as a fraction of the mean diagonal
 ):
-    "Inverse of M + damp·mean(diag M)·I, float64, (n, n); the identity if `M` is zero. Raises `ValueError` if that is not positive definite."
-    M = as_double(M)
-    if not M.any(): return torch.eye(len(M), dtype=M.dtype, device=M.device)                 # nothing was seen, and nothing adapts
-    delta = damp*M.diag().mean()
-    L, failed = torch.linalg.cholesky_ex(M + delta*torch.eye(len(M), dtype=M.dtype, device=M.device))
-    if failed or not L.isfinite().all(): raise ValueError(f'A factor of {len(M)} rows, damped by {damp} of its mean diagonal, is not positive definite; choose a larger damp or give more tokens.')
-    return torch.cholesky_inverse(L)
+    "`Ridge.inverse` with a ridge in proportion to the mean."
+    return Ridge(damp).inverse(M)

@@ -29,7 +29,7 @@ from prunebook.depth2 import Depth2
 from prunebook.elements import keep_strongest, sparsify_elements, sparsify_shots
 from prunebook.evaluate import measure
 from prunebook.fasp import FASP
-from prunebook.methods import prune
+from prunebook.pruning import prune
 from prunebook.models import decoder_linears, load_model, n_parameters
 from prunebook.plan import PrunePlan, model_fingerprint, write_atomic
 from prunebook.recipe import Recipe

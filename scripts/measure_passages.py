@@ -16,7 +16,7 @@ import transformers
 from prunebook.cli import _machine
 from prunebook.depth2 import Depth2, block_errors
 from prunebook.evaluate import window_losses
-from prunebook.methods import prune
+from prunebook.pruning import prune
 from prunebook.models import load_model
 from prunebook.couplings import anatomy
 from prunebook.plan import model_fingerprint, write_atomic

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny_model
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.fasp import FASP
-from prunebook.methods import METHODS, MODULES, as_method, prune
+from prunebook.methods import METHODS, MODULES, as_method
+from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.plan import PrunePlan
 from prunebook.save import fits_stock_class, load_pruned, save_pruned

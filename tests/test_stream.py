@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from prunebook.couplings import anatomy, couplings
 from prunebook.fasp import FASP
-from prunebook.methods import configured, prune
+from prunebook.methods import configured
+from prunebook.pruning import prune
 from prunebook.models import TINY, verify
 from prunebook.save import load_pruned
 from prunebook.sources import InMemory, OnDisk, tensor_files
