@@ -87,7 +87,8 @@ def uniform_steps(
 ):
     "How many bundles leave each coupling at the same share everywhere (eq. adjust); dict by coupling name."
     check_sparsity(sparsity, table, total)
-    mlp, attention, needed = [c for c in table if c.kind == 'mlp_channel'], [c for c in table if c.kind != 'mlp_channel'], sparsity*total
+    mlp, attention = ([c for c in table if c.part == part] for part in ('mlp', 'attention'))
+    needed = sparsity*total
     if not needed: return {c.name: 0 for c in table}
     if not (mlp and attention): return _share_out(table, needed)
     share = needed/sum(c.cost*c.n_units for c in table)

@@ -168,7 +168,7 @@ def _stages(model, b, states, run, firsts):
     stage = checked(Stage(b, 'mlp', b.mlp_second, inputs(b.mlp_second, lambda i: [(attention, A[i])])))
     yield stage
     # 3. what is left of the block: norms and additions
-    thin = [(model.get_submodule(b.path(p)), lambda x: x[..., :1]) for p in b.family.mlp_firsts]
+    thin = [(model.get_submodule(b.path(p)), lambda x: x[..., :b.family.mlp_parts]) for p in b.family.mlp_firsts]
     second, Y = model.get_submodule(b.mlp_second), stage.outputs(model)
     return [run(i, [(attention, A[i]), (second, lambda x, y=Y[i]: y.view(*x.shape[:-1], d)), *thin]) for i in range(len(states))]
 
