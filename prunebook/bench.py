@@ -17,7 +17,8 @@ import yaml
 from tqdm.auto import tqdm
 from .cli import result_record, strict_json, timed, timed_forward
 from .evaluate import Perplexity, continuation, speed, weight_bytes, window_losses
-from .methods import as_method, configured, prune
+from .methods import as_method, configured
+from .pruning import prune
 from .models import check_writable, decoder_linears, load_model, n_parameters
 from .plan import write_atomic
 from .save import save_pruned

@@ -248,7 +248,7 @@ def _measured(model, tokenizer, windows, which):
 # %% ../nbs/99_cli.ipynb #b24a2876
 def _pruned(net, tokenizer, calibration, test, method, sparsity, report):
     "The pruned model, its plan, and what was measured."
-    from prunebook.methods import prune
+    from prunebook.pruning import prune
     _say('\n'.join(filter(None, [f'Calibration: {calibration!r}', _estimate(net, method, calibration, sparsity)])))
     before = _measured(net, tokenizer, test, 'dense') if report else None
     _say(f'Pruning with {method} ...')

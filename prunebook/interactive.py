@@ -18,7 +18,7 @@ from .curvature import curvature
 from .depth2 import head_distances
 from .evaluate import continuation, perplexity
 from .fasp import FASP
-from .methods import prune
+from .pruning import prune
 from .models import decoder_linears, n_parameters
 from .plan import global_steps, keep_after, uniform_steps
 from .surgeon import unit_costs
