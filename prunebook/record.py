@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'rounded', 'strict_json', 'portable', 'Record', 'about']
+           'machine', 'rounded', 'strict_json', 'portable', 'Record', 'on_text', 'about']
 
 # %% ../nbs/65_record.ipynb #r65c0004
 import json
@@ -325,6 +325,14 @@ def read(cls:Record,
     except TypeError as e: raise ValueError(f'{path} is not a record ({e}); delete it or choose another folder.') from e
 
 # %% ../nbs/65_record.ipynb #r65c0065
+def on_text(
+    record, # a record as a dict
+    text, # name of an evaluation text
+):
+    "What it says about a text: dict with `evaluation`, `perplexity`, `losses` and `last_words`; the main text if it is not among the others."
+    return (record.get('other_texts') or {}).get(text, record)
+
+# %% ../nbs/65_record.ipynb #r65c0068
 def about(
     model, # the model that was measured
     name, # what it was loaded as
