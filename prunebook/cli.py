@@ -102,37 +102,43 @@ def cmd_prune(
     force:store_true=False, # replace the output folder if it is one of ours
     json:store_true=False, # print the result as JSON
     trust_remote_code:store_true=False, # run code that comes with the model
+    batch_size:int=8, # windows in a forward pass
+    log:str=None, # file that keeps what was measured, so that an interrupted run goes on, and another sparsity need not measure it again
+    lean:store_true=False, # less memory for more time
     stream:store_true=False, # the model is a folder, of which one block is in memory at a time
     resume:store_true=False, # with --stream: go on with an interrupted run
 ):
     "Make a smaller model and save it with its plan (and, with --report, a report and its plot)."
+    from dataclasses import replace
+    from prunebook.models import default_device
     if out is None: raise ValueError('Name the folder to make with --out.')
     if not 0 <= sparsity < 1:
         raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
+    run = _run_of(batch_size, log, lean)
     method, bos = _method(method, settings), _bos(bos)
     if resume and not stream:
-        raise ValueError('--resume goes on with a run of --stream; other runs keep their progress in the settings log and state.')
+        raise ValueError('--resume goes on with a run of --stream; other runs keep their progress in the file of --log.')
     if stream:
         if report:
             raise ValueError('--report measures the model in memory; leave it out with --stream, and use prunebook eval afterwards.')
         text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=bos)
-        shown = _streamed(model, out, method, sparsity, text, device, dtype, resume, force, json) if is_first() else ''
+        run = replace(run, device=str(device or default_device()), dtype=_dtype(dtype, device), out=out, resume=resume, overwrite=force)
+        shown = _streamed(model, method, sparsity, text, run, json) if is_first() else ''
         return print(shown) if is_first() else None
     with _place(out, model, sparsity, device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust_remote_code)
         calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n, bos)
-        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, sparsity, report)
+        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, sparsity, report, run)
         shown = _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, **took), states)
     if is_first(): print(shown)
 
 # %% ../nbs/99_cli.ipynb #5t7ea002
-def _streamed(model, out, method, sparsity, text, device, dtype, resume, force, as_json):
+def _streamed(model, method, sparsity, text, run, as_json):
     "Prune a checkpoint folder into another one; the words that say so."
-    from dataclasses import replace
-    from prunebook.models import default_device, readable
+    from prunebook.models import readable
+    from prunebook.pruning import check_streams, prune
     from prunebook.record import portable, strict_json
     from prunebook.sources import skeleton
-    from prunebook.stream import check_streams, prune_folder
     from prunebook.text import load_windows
     from transformers import AutoTokenizer
     if not Path(model).is_dir():
@@ -140,16 +146,15 @@ def _streamed(model, out, method, sparsity, text, device, dtype, resume, force, 
     if text['source'] == 'self':
         raise ValueError('A model that is streamed cannot write its own text; name another one with --text.')
     check_streams(method)
-    method = replace(method, device=str(device or default_device()))
     with readable(model): tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
     calibration = load_windows(model=skeleton(model), tokenizer=tokenizer, **text)
     _say(f'Calibration: {calibration!r}\nPruning with {method}, one block at a time ...')
-    try: plan = prune_folder(model, calibration, method, sparsity, out, _dtype(dtype, device), tokenizer, resume, force)
+    try: _, plan = prune(model, calibration, method, sparsity, run=run)
     except KeyboardInterrupt as e:
-        raise type(e)(f'finished blocks are kept beside {out}; the same command with --resume goes on.') from None
+        raise type(e)(f'finished blocks are kept beside {run.out}; the same command with --resume goes on.') from None
     done = dict(method=plan.method, sparsity=plan.sparsity, true_sparsity=plan.true_sparsity, model=portable(model))
-    if as_json: return strict_json({**done, 'folder': str(out)})
-    return f'{plan!r}\nSaved in {out}.'
+    if as_json: return strict_json({**done, 'folder': str(run.out)})
+    return f'{plan!r}\nSaved in {run.out}.'
 
 # %% ../nbs/99_cli.ipynb #22cc4736
 def _mark(path):
@@ -185,9 +190,14 @@ def _method(name, settings):
     try: values = json.loads(settings)
     except (ValueError, RecursionError) as e: raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
     if not isinstance(values, dict): raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
-    method = configured(name, values)
-    method.check_here()
-    return method
+    return configured(name, values)
+
+def _run_of(batch_size, log, lean):
+    "A `Run` from options. Raises `ValueError` for a value that cannot be."
+    from prunebook.methods import Run
+    run = Run(batch_size=batch_size, log=log, lean=lean)
+    run.check_here()
+    return run
 
 # %% ../nbs/99_cli.ipynb #339df24a
 def _bos(word):
@@ -217,7 +227,7 @@ def _state(model, tokenizer, windows, which):
     _say(f'Measuring the {which} model on {windows!r} ...')
     return State.of(model, tokenizer, {windows.source: windows})
 
-def _pruned(net, tokenizer, calibration, test, method, sparsity, report):
+def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run):
     "The pruned model, its plan, what it took, and with a report the states before and after and their speeds."
     from copy import deepcopy
     from prunebook.pruning import prune
@@ -227,8 +237,8 @@ def _pruned(net, tokenizer, calibration, test, method, sparsity, report):
     _say(f'Pruning with {method} ...')
     forward = timed_forward(net, calibration) if report else None
     target = deepcopy(net) if report else net
-    run = lambda: prune(target, calibration, method, sparsity, inplace=True)
-    (small, plan), seconds, extra = timed(run, net.device, forward)
+    pruning = lambda: prune(target, calibration, method, sparsity, inplace=True, run=run)
+    (small, plan), seconds, extra = timed(pruning, net.device, forward)
     took = dict(seconds=seconds, peak_extra_bytes=extra)
     if not report: return small, plan, took, None
     after = _state(small, tokenizer, test, 'pruned')

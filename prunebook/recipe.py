@@ -251,7 +251,7 @@ def _own_basis(v):
 def _scored(self:Recipe, v):
     "Score of every unit, (units,)."
     if self._turns(v): return _own_basis(v)[1].flatten()
-    if self.order == 'greedy': return _greedy_order(v.weight, v.gram, v.coupling.second[1], self.damping(v.tokens))
+    if self.order == 'greedy': return _greedy_order(v.weight, v.gram, v.coupling.second[1], self.ridge_for(v.tokens).damp)
     return v.per_unit(column_scores(v.weight, v.gram) if self.order == 'fasp' else v.weight.float().norm(dim=0))
 
 # %% ../nbs/70_recipe.ipynb #fd0c74b0
@@ -266,7 +266,7 @@ def _seen(self:Recipe, v):
 def _trials(self:Recipe, v):
     "Yield how many bundles leave at each probe, and the second linear's weight without them, (d, f)."
     n, scores, (W, C, B) = v.coupling.n_units//v.coupling.groups, self._scored(v), self._seen(v)
-    ridge = Ridge(self.damping(v.tokens), self.towards)
+    ridge = self.ridge_for(v.tokens)
     for k in sorted({min(max(1, int(s*n)), n - 1) for s in self.shares} - {0}):              # of a single unit nothing can leave
         keep = v.columns(keep_after(v.coupling, scores, k))
         E = _emptied(W, keep, ridge.restore(W, C, keep) if self.restore else W[:, keep])
@@ -364,7 +364,7 @@ def _curved_costs(self:Recipe, ctx, chunk=32):
         n = len(order)
         parts = order[:n - 1].split(min(chunk, max(1, n//8)))
         columns = [c.second[1][p.flatten()].flatten().to(C.device) for p in parts]
-        groups = _removal_costs(W, C/v.tokens, factors[v.second].G.to(C.device), columns, self.damping(v.tokens)).cpu()
+        groups = _removal_costs(W, C/v.tokens, factors[v.second].G.to(C.device), columns, self.ridge_for(v.tokens).damp).cpu()
         each = torch.cat([(cost/len(p)).repeat(len(p)) for cost, p in zip(groups, parts)])
         costs[c.name] = (torch.cat([each, each[-1:]])/c.groups).repeat(c.groups)
     return costs
@@ -387,7 +387,7 @@ def _repaired(self:Recipe, v, keep):
     if self._turns(v) and len(keep) < v.weight.shape[1]: v.turn(_own_basis(v)[0])
     if v.dense is None: return super(Recipe, self).repair(v, keep)
     trust = _trust_for(v.tokens) if self.trust is None else self.trust
-    return _towards_dense(v, keep, trust, Ridge(self.damping(v.tokens), self.towards))
+    return _towards_dense(v, keep, trust, self.ridge_for(v.tokens))
 
 # %% ../nbs/70_recipe.ipynb #3b93a655
 @patch

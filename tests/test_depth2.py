@@ -138,15 +138,15 @@ def test_a_threshold_a_number_and_a_share_of_heads(kind):
     size = {n: c.n_units//c.groups for n, c in table.items()}
     bundle = lambda n: scores[n].view(table[n].groups, -1).sort(1).values.max(0).values[:-1]
     tau = sorted(v for n in table for v in bundle(n).tolist())[1] + 1e-6
-    _, plan = prune(m, w, Depth2(units=(kind,), tau=tau, reconstruct='none'), .01)
+    _, plan = prune(m, w, Depth2(units=(kind,), tau=tau, restore=False), .01)
     for n, c in table.items():
         gone = (bundle(n) < tau).sum().item()*c.groups
         assert len(plan.kept.get(n, range(c.n_units))) == c.n_units - gone
     per_unit = table['0.' + kind].second[1].shape[1]//anatomy(m)[0].value_dim
-    _, plan = prune(m, w, Depth2(units=(kind,), n_heads=4, reconstruct='none'), .01)
+    _, plan = prune(m, w, Depth2(units=(kind,), n_heads=4, restore=False), .01)
     left = sum(plan.units[n] - len(k) for n, k in plan.kept.items())*per_unit
     assert 4 <= left <= 4 + 6
-    _, plan = prune(m, w, Depth2(units=(kind, 'mlp_channel'), head_share=.5, reconstruct='none'), .3)
+    _, plan = prune(m, w, Depth2(units=(kind, 'mlp_channel'), head_share=.5, restore=False), .3)
     for n, c in table.items(): assert len(plan.kept[n]) == c.n_units - min(round(size[n]*.5), size[n] - 1)*c.groups
     assert plan.true_sparsity >= .3 - 1e-9
 
@@ -154,8 +154,8 @@ def test_a_threshold_a_number_and_a_share_of_heads(kind):
 def test_too_few_or_too_many_heads_are_refused_before_anything_changes():
     m, w = tiny_model('llama'), windows()
     state = {n: t.clone() for n, t in m.state_dict().items()}
-    with pytest.raises(ValueError, match='n_heads asks for'): prune(m, w, Depth2(units=('query_head',), n_heads=99, reconstruct='none'), .01, inplace=True)
-    with pytest.raises(ValueError, match='less than sparsity'): prune(m, w, Depth2(units=('query_head',), n_heads=0, reconstruct='none'), .1, inplace=True)
+    with pytest.raises(ValueError, match='n_heads asks for'): prune(m, w, Depth2(units=('query_head',), n_heads=99, restore=False), .01, inplace=True)
+    with pytest.raises(ValueError, match='less than sparsity'): prune(m, w, Depth2(units=('query_head',), n_heads=0, restore=False), .1, inplace=True)
     with pytest.raises(ValueError, match='leaves none of the 3 blocks'): prune(m, w, Depth2(spare=(2, 9)), .1, inplace=True)
     assert all(torch.equal(t, state[n]) for n, t in m.state_dict().items())
 
@@ -300,7 +300,7 @@ def test_saved_and_reloaded_it_is_the_same(units, tmp_path):
 @pytest.mark.parametrize('sigma', ['random', 'identity'])
 def test_data_free_reads_no_text(sigma):
     m = tiny_model('llama')
-    method = Depth2(units=('value_channel', 'mlp_channel'), sigma=sigma, reconstruct='none', form='paper' if sigma == 'identity' else 'measured')
+    method = Depth2(units=('value_channel', 'mlp_channel'), sigma=sigma, restore=False, form='paper' if sigma == 'identity' else 'measured')
     plans = [prune(m, w, method, .2)[1] for w in (windows(4, 24, 0), windows(4, 24, 1), None)]
     assert plans[0].kept == plans[1].kept
     if sigma == 'identity': assert plans[0].kept == plans[2].kept
@@ -315,7 +315,7 @@ def test_without_text_the_model_writes_it():
 
 def test_random_heads_depend_on_the_seed_alone():
     m = tiny_model('llama')
-    run = lambda seed, w: prune(m, w, Depth2(units=('kv_group',), heads='random', seed=seed, n_heads=6, reconstruct='none'), .05)[1].kept
+    run = lambda seed, w: prune(m, w, Depth2(units=('kv_group',), heads='random', seed=seed, n_heads=6, restore=False), .05)[1].kept
     assert run(0, windows()) == run(0, windows(seed=5)) and len({str(run(s, windows())) for s in range(6)}) > 1
 
 

@@ -18,13 +18,13 @@ from prunebook.text import Windows
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
 VALUES, GROUPS = ('value_channel', 'mlp_channel'), ('kv_group', 'mlp_channel')
 CASES = [
-    ('random', {}), ('magnitude', dict(restore=True)), ('wanda_sp', {}), ('flap', {}), ('flap', dict(compensation='bias')),
+    ('random', {}), ('magnitude', dict(restore=True)), ('wanda_sp', {}), ('flap', {}), ('flap', dict(restore='bias')),
     ('flap', dict(units=VALUES, restore=True)), ('taylor', {}), ('fasp', dict(units=VALUES)), ('fasp', dict(units=GROUPS)),
-    ('depth2', dict(units=VALUES)), ('depth2', dict(units=GROUPS, reconstruct='two_step', form='code', trust=1.)),
-    ('depth2', dict(reconstruct='none', sigma='random')), ('depth2', dict(reconstruct='none', sigma='identity', form='paper')),
+    ('depth2', dict(units=VALUES)), ('depth2', dict(units=GROUPS, restore='two_step', form='code', trust=1.)),
+    ('depth2', dict(restore=False, sigma='random')), ('depth2', dict(restore=False, sigma='identity', form='paper')),
     ('depth2', dict(units=GROUPS, heads='second_moment', form='paper')), ('depth2', dict(units=('query_head',))),
     ('bonsai', dict(evaluations=8, seqlen=12)), ('bonsai', dict(evaluations=8, seqlen=12, restore=True, units=VALUES)),
-    ('surgeon', dict(shots=1, correction=2)), ('surgeon', dict(shots=1, store='cpu', cost='tied', update='tied', checkpoint=True)),
+    ('surgeon', dict(shots=1, correction=2)), ('surgeon', dict(shots=1, store='cpu', cost='tied', restore='tied', checkpoint=True)),
     ('recipe', {}), ('recipe', dict(score='greedy', turn=False)), ('recipe', dict(allocation='curvature')), ('recipe', dict(trust=0., units=GROUPS))]
 TEXT = Windows(torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0)), 'random')
 

@@ -126,7 +126,7 @@ def overflowing(family, dtype=torch.float16, factor=5e4):
     return m.to(dtype)
 
 READS = [n for n in MODULES if n not in ('random', 'magnitude')]
-OTHERS = [('depth2', dict(units=('kv_group',), reconstruct='none')), ('bonsai', dict(prior='random')), ('flap', dict(compensation='bias')), ('taylor', dict(samples=None, seqlen=None)),
+OTHERS = [('depth2', dict(units=('kv_group',), restore=False)), ('bonsai', dict(prior='random')), ('flap', dict(restore='bias')), ('taylor', dict(samples=None, seqlen=None)),
           ('recipe', dict(allocation='curvature')), ('recipe', dict(allocation='uniform')), ('fasp', dict(units=('value_channel',))), ('wanda_sp', dict(units=('kv_group',)))]
 
 @pytest.mark.parametrize('name, settings', [(n, {}) for n in READS] + OTHERS)
@@ -214,14 +214,14 @@ def test_a_dead_module_in_the_recipe(part, settings):
     assert plan.true_sparsity >= .1 and logits(small).isfinite().all()
 
 
-@pytest.mark.parametrize('settings', [dict(reconstruct='two_step', form='paper', towards='zero'), dict(form='code'), dict(sigma='random'), dict(units=('kv_group', 'mlp_channel')), dict(units=('value_channel', 'mlp_channel'))])
+@pytest.mark.parametrize('settings', [dict(restore='two_step', form='paper', towards='zero'), dict(form='code'), dict(sigma='random'), dict(units=('kv_group', 'mlp_channel')), dict(units=('value_channel', 'mlp_channel'))])
 @pytest.mark.parametrize('part', ['mlp', 'attention'])
 def test_a_dead_module_in_depth2(part, settings):
     small, plan = prune(dead('llama', part)[0], windows(), Depth2(**settings), .1)
     assert plan.true_sparsity >= .1 and logits(small).isfinite().all()
 
 
-@pytest.mark.parametrize('settings', [dict(cost='tied', update='tied'), dict(correction=2), dict(reuse=False, correlate=False)])
+@pytest.mark.parametrize('settings', [dict(cost='tied', restore='tied'), dict(correction=2), dict(reuse=False, correlate=False)])
 @pytest.mark.parametrize('part', ['mlp', 'attention'])
 def test_a_dead_module_in_the_surgeon(part, settings):
     small, plan = prune(dead('llama', part)[0], windows(), Surgeon(shots=2, units=('kv_group', 'mlp_channel'), **settings), .1)
@@ -345,8 +345,8 @@ class OnlyByTheHelper(TorchDispatchMode):
         return out
 
 
-FITS = [('flap', {}), ('flap', dict(compensation='bias')), ('flap', dict(restore=True)), ('wanda_sp', dict(restore=True)), ('fasp', {}), ('depth2', {}), ('depth2', dict(units=('kv_group',), reconstruct='two_step', sigma='random')),
-        ('bonsai', dict(estimator='prior', restore=True)), ('surgeon', dict(cost='tied', update='tied', correction=2, units=('kv_group', 'mlp_channel'))), ('recipe', {}), ('recipe', dict(allocation='curvature', score='greedy'))]
+FITS = [('flap', {}), ('flap', dict(restore='bias')), ('flap', dict(restore=True)), ('wanda_sp', dict(restore=True)), ('fasp', {}), ('depth2', {}), ('depth2', dict(units=('kv_group',), restore='two_step', sigma='random')),
+        ('bonsai', dict(estimator='prior', restore=True)), ('surgeon', dict(cost='tied', restore='tied', correction=2, units=('kv_group', 'mlp_channel'))), ('recipe', {}), ('recipe', dict(allocation='curvature', score='greedy'))]
 
 @pytest.mark.parametrize('name, settings', FITS)
 def test_all_solves_go_through_one_helper(name, settings):

@@ -210,7 +210,7 @@ def test_query_heads():
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'phi'])
 def test_without_update_the_kept_weights_are_the_old_ones(family):
     dense = tiny_model(family)
-    small, plan = prune(dense, windows(), Surgeon(update='none', shots=2), .2)
+    small, plan = prune(dense, windows(), Surgeon(restore=False, shots=2), .2)
     again = slice_units(copy.deepcopy(dense), plan.kept)
     assert same(again, snapshot(small))
     with masked(dense, plan.kept): assert torch.allclose(logits(dense), logits(small), atol=1e-4)
@@ -281,7 +281,7 @@ def test_fresh_windows_are_shared_out(monkeypatch):
     with pytest.raises(ValueError, match='2 windows cannot be shared out among 3 shots'): prune(tiny_model('llama'), windows(2), Surgeon(shots=3, fresh=True), .2)
 
 
-@pytest.mark.parametrize('options', [{}, dict(cost='tied', update='tied')])
+@pytest.mark.parametrize('options', [{}, dict(cost='tied', restore='tied')])
 def test_kept_inverses_change_nothing(options):
     dense = tiny_model('llama')
     one, two = (prune(dense, windows(), Surgeon(units=UNITS[2], shots=2, reuse=r, **options), .3) for r in (True, False))
