@@ -88,7 +88,7 @@ def again(
     "The model that a plan made. Raises `ValueError` without the same text, or for a plan that was changed."
     run = Run() if run is None else run
     run.check_here()
-    if all(len(k) == plan.units[n] for n, k in plan.kept.items()) and not method.needs.everywhere: return model    # nothing was cut
+    if all(len(k) == plan.units[n] for n, k in plan.kept.items()): return model          # nothing was cut
     if f'[{getattr(calibration, "fingerprint", None)}]' not in plan.calibration:
         given = '' if calibration is None else f', not {calibration!r}'
         raise ValueError(f'This plan re-fitted weights on {plan.calibration}{given}; give these windows, plan.apply(model, windows), or load the saved model.')

@@ -140,11 +140,14 @@ def turn_values(
     R, # basis of the values of every key-value head, (kv_heads, v, v)
 ):
     "Write the values of a block in another basis, in place (eq. basis)."
-    name, T = block.path(block.family.qkv[-1]), torch.block_diag(*as_double(R))
-    B = column_basis(as_double(R), block.heads)
+    (name, rows), B = block.qkv_rows()[2], column_basis(as_double(R), block.heads)
     m, out = model.get_submodule(name), model.get_submodule(block.out)
-    turn = lambda rows: torch.cat([rows[:-len(T)], T.to(rows) @ rows[-len(T):]])
-    give_weight(model, name, turn(as_double(weight_of(m))), None if m.bias is None else turn(as_double(m.bias)))
+    def turned(rows_of):
+        "The same with its rows of values in the other basis."
+        new = as_double(rows_of).clone()
+        new[rows] = torch.einsum('kij,kj...->ki...', as_double(R).to(new.device), new[rows])     # rows: (kv_heads, v)
+        return new
+    give_weight(model, name, turned(weight_of(m)), None if m.bias is None else turned(m.bias))
     give_weight(model, block.out, as_double(weight_of(out)) @ torch.linalg.inv(B).to(double_device(out.weight.device)))
 
 # %% ../nbs/07_stream.ipynb #2ffd015b
@@ -247,27 +250,28 @@ def stream(
     "Prune the blocks of a source one after the other; kept units and scores by coupling name."
     ctx.found = method.prepare(ctx)
     ctx.steps = method.allocate(ctx) if ctx.given is None else _given_steps(ctx)
-    dense = ctx.source.twin() if method.needs.dense else None                              # as it is before the first cut
+    needs = method.needs if ctx.sparsity else replace(method.needs, everywhere=False)       # where nothing leaves, nothing is repaired
+    dense = ctx.source.twin() if needs.dense else None     # as it is before the first cut
     kept, scores = ctx.log.read(ctx.model).decided if ctx.log else ({}, {})
-    for v in visits(ctx, method.needs, dense, method.name):
+    for v in visits(ctx, needs, dense, method.name):
         method.arrive(v)
         if v.level == 'first': continue
         if v.coupling is None: v.cut(None, method.repair(v, torch.arange(v.weight.shape[1], device=v.weight.device)))
-        else: _decide(method, v, kept, scores)
+        else: _decide(method, v, kept, scores, needs.everywhere)
     return kept, scores
 
 def _given_steps(ctx):
     "Bundles that leave each coupling where the kept units are given."
     return {c.name: (c.n_units - len(ctx.given[c.name]))//c.groups for c in ctx.table}
 
-def _decide(method, v, kept, scores):
+def _decide(method, v, kept, scores, everywhere):
     "Score, choose, repair and cut one coupling."
     name, given = v.coupling.name, v.ctx.given
     if given is None:
         scores[name] = method.score(v).cpu()
         kept[name] = keep_after(v.coupling, scores[name], v.leaving)
     else: kept[name] = given[name]
-    if v.leaving or method.needs.everywhere: v.cut(kept[name], method.repair(v, v.columns(kept[name])))
+    if v.leaving or everywhere: v.cut(kept[name], method.repair(v, v.columns(kept[name])))
 
 @patch
 def stream(self:Context,
