@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['WORST', 'PRIORS', 'FEW', 'L1_GRID', 'kendall_tau', 'sub_model', 'token_loss', 'prior_scores', 'in_play',
            'published_pairs', 'hadamard', 'orthogonal_pairs', 'EvaluationLog', 'Workers', 'sub_model_losses',
-           'relative_size', 'Fit', 'fit_levels', 'fit_l1', 'Bonsai', 'cut_units']
+           'relative_size', 'Fit', 'fit_levels', 'fit_l1', 'Bonsai']
 
 # %% ../nbs/40_bonsai.ipynb #14827e21
 import copy, hashlib, json, math, os, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .couplings import anatomy, couplings, slice_units, weight_of
-from .methods import Method
+from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
-from .plan import REMEDIES, check_numbers, global_steps, keep_after, model_fingerprint, uniform_steps
-from .repair import damp_for, restore_columns
-from .walk import cut, replaced, walk, walk_bytes
+from .plan import REMEDIES, check_numbers, global_steps, keep_after, uniform_steps
+from .stream import run_key
+from .walk import replaced, walk, walk_bytes
 
 # %% ../nbs/40_bonsai.ipynb #9d2da574
 def kendall_tau(
@@ -467,53 +468,40 @@ def fit_l1(
 class Bonsai(Method):
     "Prune by a regression of the loss on random sub-models, with forward passes only (Kolawole et al. 2024)."
     name = 'bonsai'
-    units: tuple = ('mlp_channel',) # kinds of units
-    evaluations: int = 128 # sub-models in a round
-    step: float = .2 # fraction of the decoder's parameters that a round removes, at most
-    windows: int | None = 2 # pieces of calibration text that one sub-model reads; None: all, the same for every sub-model
-    seqlen: int | None = 128 # tokens in a piece; None: whole windows
-    prior: str = 'output' # order of the units before any experiment: `output`, `wanda`, `magnitude` or `random`
-    design: str = 'orthogonal' # masks: `orthogonal` or `published`
-    target: str = 'loss' # what is explained: `loss` or `perplexity`
-    estimator: str = 'levels' # `levels`, `l1` (published) or `prior` (no sub-models)
+    evaluations: int = setting(128, least=8, is_a='an even number of sub-models, at least 8') # sub-models in a round
+    step: float = setting(.2, least=1e-9, most=1, is_a='a fraction in (0, 1]') # fraction of the decoder's parameters that a round removes, at most
+    windows: int | None = setting(2, least=1, is_a='a number of pieces, at least 1, or None') # pieces of calibration text that one sub-model reads; None: all, the same for every sub-model
+    seqlen: int | None = setting(128, least=2, is_a='a number of tokens, at least 2, or None') # tokens in a piece; None: whole windows
+    prior: Literal['output', 'wanda', 'magnitude', 'random'] = 'output' # order of the units before any experiment
+    design: Literal['orthogonal', 'published'] = 'orthogonal' # masks
+    target: Literal['loss', 'perplexity'] = 'loss' # what is explained
+    estimator: Literal['levels', 'l1', 'prior'] = 'levels' # regression; `l1` as published, `prior` without sub-models
     per_parameter: bool = True # choose by coefficient per parameter, not by coefficient
     rescale: bool = True # what is in play grows with the share of what is left; if not, it stays twice the published share
-    tolerance: float = 0. # a run may stop this far below the sparsity that was asked for
-    restore: bool = False # re-fit the kept columns at the end
-    damp: float = None # ridge of that fit, as a fraction of the mean diagonal; `damp_for(tokens)` by default
-    batch_size: int = 8 # windows in a forward pass
+    tolerance: float = setting(0., least=0, below=1, is_a='a fraction') # a run may stop this far below the sparsity that was asked for
     seed: int = 0 # of text and masks
-    spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
-    log: str = None # file to keep evaluations in, and to go on from
 
-    def only_slices(self): return not self.restore
+    @property
+    def needs(self): return Needs(text=self.restore, whole_model='runs sub-models of the whole model')
 
     @classmethod
     def published(cls, **settings):
         "The published defaults (masks, prior, regression, choice), with changes."
-        return cls(**{**dict(units=('mlp_channel', 'kv_group'), evaluations=200, step=.05, windows=None, seqlen=None, prior='wanda', design='published', target='perplexity', estimator='l1',
-                             per_parameter=False, rescale=False, tolerance=.02), **settings})
+        masks = dict(units=('mlp_channel', 'kv_group'), evaluations=200, step=.05, windows=None, seqlen=None, prior='wanda', design='published')
+        choice = dict(target='perplexity', estimator='l1', per_parameter=False, rescale=False, tolerance=.02)
+        return cls(**{**masks, **choice, **settings})
 
-# %% ../nbs/40_bonsai.ipynb #3032a60c
-@patch
-def check(self:Bonsai):
-    "Raises `ValueError` for a setting that cannot be; called before any work."
-    super(Bonsai, self).check()
-    for n, known in dict(prior=PRIORS, design=('orthogonal', 'published'), target=('loss', 'perplexity'), estimator=('levels', 'l1', 'prior')).items():
-        if getattr(self, n) not in known: raise ValueError(f'{n} is {getattr(self, n)!r}; it is one of {", ".join(known)}.')
-    for n, least, empty in [('evaluations', 8, False), ('windows', 1, True), ('seqlen', 2, True)]:
-        v = getattr(self, n)
-        if not (type(v) is int and v >= least or empty and v is None): raise ValueError(f'{n} is {v!r}; it is a number of at least {least}{" or None" if empty else ""}.')
-    if self.evaluations % 2: raise ValueError(f'evaluations is {self.evaluations}; masks come in pairs, so it is even.')
-    if not (isinstance(self.step, (int, float)) and 0 < self.step <= 1): raise ValueError(f'step is {self.step!r}; it is a fraction in (0, 1], for example 0.05.')
-    if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < 1): raise ValueError(f'tolerance is {self.tolerance!r}; it is a fraction, for example 0.02.')
-
+    def check(self):
+        "Raises `ValueError` for a setting that cannot be."
+        super().check()
+        if self.evaluations % 2: raise ValueError(f'evaluations is {self.evaluations}; masks come in pairs, so it is even.')
 
 # %% ../nbs/40_bonsai.ipynb #4c1adeb6
 @patch
-def _evaluate(self:Bonsai, model, windows, table, prior, share, log, workers):
+def _evaluate(self:Bonsai, ctx, model, table, prior, share, log, workers):
     "Masks of a round and what they cost: a dict. Raises `ValueError` if the whole model has no usable loss."
-    number, gen = len(self.history) - 1, torch.Generator().manual_seed(1000*self.seed + len(self.history))
+    windows, number = ctx.windows, len(self.history) - 1
+    gen = torch.Generator().manual_seed(1000*self.seed + len(self.history))
     pool, design = in_play(table, prior, share, self.design == 'published'), dict(published=published_pairs, orthogonal=orthogonal_pairs)[self.design]
     pairs, size = design(table, prior, pool, share, self.evaluations//2, gen), min(self.seqlen or windows.seqlen, windows.seqlen)
     pieces = windows.ids[:, :windows.seqlen//size*size].reshape(-1, size)
@@ -521,7 +509,7 @@ def _evaluate(self:Bonsai, model, windows, table, prior, share, log, workers):
     texts = [t for t in texts if len(t) == len(texts[0])][:max(1, self.evaluations//8)]      # each is also read by the whole model
     which = torch.arange(len(pairs)).repeat_interleave(2) % len(texts)
     masks, start = torch.cat([torch.zeros(len(texts), len(prior), dtype=bool), pairs.flatten(0, 1)]), time.process_time()
-    losses = sub_model_losses(model, table, masks, [*texts, *[texts[i] for i in which]], self.batch_size, log, number, workers, f'Bonsai, round {number + 1}')
+    losses = sub_model_losses(model, table, masks, [*texts, *[texts[i] for i in which]], ctx.run.batch_size, log, number, workers, f'Bonsai, round {number + 1}')
     if losses[:len(texts)].max() >= WORST: raise ValueError(f'Round {number + 1}: the loss of the whole model is NaN, infinite or {WORST:.1f} nats and more in {model.dtype}; {REMEDIES.get(model.dtype, "check the model and the text")}.')
     value = losses.exp() if self.target == 'perplexity' else losses
     return dict(pool=pool, share=share, masks=masks[len(texts):], losses=losses, rise=value[len(texts):] - value[which], seconds=time.process_time() - start)
@@ -558,39 +546,22 @@ def _explained(self:Bonsai, entry):
 
 # %% ../nbs/40_bonsai.ipynb #603f854f
 @patch
-def _round(self:Bonsai, model, windows, table, removed, goal, total, log, workers):
+def _round(self:Bonsai, ctx, model, table, removed, goal, total, log, workers):
     "Prior, sub-models, regression and choice of one round: kept units by coupling name, and scores of all units."
     number, budget, left = len(self.history), (goal - removed)*total, n_parameters(decoder_linears(model).values())
-    prior = workers.shared(prior_scores(model, windows, table, self.prior, self.batch_size, self.seed + number))
+    prior = workers.shared(prior_scores(model, ctx.windows, table, self.prior, ctx.run.batch_size, self.seed + number))
     entry = dict(table=table, prior=prior, goal=goal)
     self.history.append(entry)
     if self.estimator == 'prior': steps, scores, chosen = uniform_steps(table, budget/left, left), prior, prior
     else:
         share = min(1., 2*(budget/sum(c.cost*c.n_units for c in table) if self.rescale else goal - removed))
-        entry.update(self._evaluate(model, windows, table, prior, share, log, workers))
+        entry.update(self._evaluate(ctx, model, table, prior, share, log, workers))
         scores, chosen = self._explained(entry)
         steps = global_steps(table, dict(zip((c.name for c in table), _split(chosen, table))), budget/left, left)
     kept = {c.name: keep_after(c, s, steps[c.name]) for c, s in zip(table, _split(chosen, table))}
     entry['gone'] = torch.ones(len(prior), dtype=bool)
     for c, g in zip(table, _split(entry['gone'], table)): g[kept[c.name]] = False
     return kept, scores
-
-# %% ../nbs/40_bonsai.ipynb #e58015a8
-@torch.no_grad()
-def cut_units(
-    model, # dense model; changed in place
-    windows, # calibration `Windows`
-    kept, # kept unit indices by coupling name
-    damp=None, # ridge of the fit, as a fraction of the mean diagonal; `damp_for(tokens)` by default
-    batch_size=8, # windows in a forward pass
-):
-    "Slice `model` to the kept units and, in one walk, re-fit its second linears by least squares."
-    table = {(c.layer, c.kind == 'mlp_channel'): c for c in couplings(model, tuple({n.split('.')[1] for n in kept}))}
-    damp = damp_for(windows.ids.numel()) if damp is None else damp
-    for stage in walk(model, windows, batch_size, desc='repair'):
-        c = table.get((stage.layer, stage.part == 'mlp'))
-        if c and c.name in kept: cut(model, c, stage, kept[c.name], lambda W, keep: restore_columns(W, stage.gram(), keep, damp))
-    return model
 
 # %% ../nbs/40_bonsai.ipynb #f003f22c
 @patch
@@ -600,32 +571,41 @@ def _table(self:Bonsai, model):
     return self.table(model, tuple(k for k in self.units if not (k == 'query_head' and single)))
 
 @patch
-def _header(self:Bonsai, model, windows, sparsity):
-    "What evaluations depend on."
-    settings = {k: v for k, v in self.settings().items() if k not in ('log', 'restore', 'damp')}
-    return dict(model=model_fingerprint(model), dtype=str(model.dtype), text=windows.fingerprint, sparsity=sparsity, settings=settings)
+def _log(self:Bonsai, ctx, workers):
+    "The log of evaluations, of this very run."
+    settings = {k: v for k, v in self.settings().items() if k not in ('restore', 'damp', 'towards', 'ridge')}
+    header = run_key(ctx.source, ctx.windows, sparsity=ctx.sparsity, settings=settings) if ctx.run.log else {}
+    return EvaluationLog(ctx.run.log if workers.rank == 0 else None, header)
 
 # %% ../nbs/40_bonsai.ipynb #b4sp0010
 @patch
 @torch.no_grad()
-def run(self:Bonsai, model, windows, sparsity):
-    "Slice (and repair) `model`; returns kept unit indices and scores, both dicts by coupling name."
-    work, self.history, workers, removed = copy.deepcopy(model) if self.restore else model, [], Workers(model.device), 0.
-    total, table = n_parameters(decoder_linears(work).values()), self.table(work)
-    alive, scores = {c.name: torch.arange(c.n_units) for c in table}, {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
-    log = EvaluationLog(self.log if workers.rank == 0 else None, self._header(model, windows, sparsity))
-    while removed < sparsity - max(self.tolerance, 1e-9):
-        goal = removed + (sparsity - removed)/math.ceil((sparsity - removed)/self.step - 1e-9)
-        table = self._table(work)
-        kept, found = self._round(work, windows, table, removed, goal, total, log, workers)
+def _rounds(self:Bonsai, ctx, model):
+    "Slice `model` round by round; kept units and scores by coupling name."
+    self.history, workers, removed = [], Workers(model.device), 0.
+    log, table = self._log(ctx, workers), self.table(model)
+    linears = lambda: n_parameters(decoder_linears(model).values())
+    total = linears()
+    alive = {c.name: torch.arange(c.n_units) for c in table}
+    scores = {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
+    while removed < ctx.sparsity - max(self.tolerance, 1e-9):
+        left = ctx.sparsity - removed
+        goal = removed + left/math.ceil(left/self.step - 1e-9)
+        table = self._table(model)
+        kept, found = self._round(ctx, model, table, removed, goal, total, log, workers)
         for c, s in zip(table, _split(found, table)): scores[c.name][alive[c.name]] = s
         alive.update({n: alive[n][k] for n, k in kept.items()})
-        slice_units(work, {c.name: kept[c.name] for c in table if len(kept[c.name]) < c.n_units})
-        removed = 1 - n_parameters(decoder_linears(work).values())/total
-    kept = {n: a.tolist() for n, a in alive.items()}
-    if self.restore:
-        del work
-        cut_units(model, windows, kept, self.damp, self.batch_size)
+        slice_units(model, {c.name: kept[c.name] for c in table if len(kept[c.name]) < c.n_units})
+        removed = 1 - linears()/total
+    return {n: a.tolist() for n, a in alive.items()}, scores
+
+# %% ../nbs/40_bonsai.ipynb #26526d9d
+@patch
+def run(self:Bonsai, ctx):
+    "Prune in rounds (and repair); kept units and scores by coupling name."
+    if ctx.given is not None: return ctx.stream(self)
+    kept, scores = self._rounds(ctx, copy.deepcopy(ctx.model) if self.restore else ctx.model)
+    if self.restore: ctx.stream(self, given=kept)
     return kept, scores
 
 # %% ../nbs/40_bonsai.ipynb #59ff5962
@@ -653,6 +633,6 @@ def work(self:Bonsai,
     rounds, read, forward = math.ceil(sparsity/self.step - 1e-9), min(tokens, (self.windows or tokens)*seqlen), 2*linears*tokens
     runs = 0 if self.estimator == 'prior' else rounds*(self.evaluations + max(1, min(self.evaluations//8, tokens//read)))
     memory = walk_bytes(model, tokens)
-    held = max(sum(memory.values()), 4*model.config.vocab_size*min(read, self.batch_size*seqlen))
+    held = max(sum(memory.values()), 4*model.config.vocab_size*min(read, 8*seqlen))
     repair = sum(2*w**2*tokens*.625 + w**3/3 for b in anatomy(model) for w in (b.mlp_width, b.heads*b.value_dim)) + forward if self.restore else 0
     return dict(bytes=every*model.dtype.itemsize*(2 if self.restore else 1) + held, forward_flops=forward, flops=rounds*forward + runs*2*every*read + repair)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from .couplings import get_attribute
 from .models import MANIFEST, damage
 from .save import check_loaded, pruned_class, upgraded
 
@@ -62,7 +63,7 @@ def check_layout(
             raise ValueError(f'the layout gives {name} as {spec}, which is no linear layer of this model')
     for name, values in layout['attributes'].items():
         for key, value in values.items():
-            if not (name in modules and size(value) and size(getattr(modules[name], key, 0))):
+            if not (name in modules and size(value) and size(get_attribute(modules[name], key, 0))):
                 raise ValueError(f'the layout sets {key} of {name} to {value!r}, which is no number of that module')
     for name, values in layout['values'].items():
         parts = [values.get('first'), values.get('second')]

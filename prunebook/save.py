@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, family_of, narrow_values, unwrapped, weight_of
-from .couplings import FullHeads, NarrowValues, _empty_narrow, narrow_class, pad_heads, unpad_heads   # parts of the modelling file
+from .couplings import FullHeads, NarrowValues, OwnConfig, _empty_narrow, narrow_class, pad_heads, set_attribute, unpad_heads   # parts of the modelling file
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan, write_atomic
@@ -72,7 +72,7 @@ def give_layout(
         new = Conv1D(outputs, inputs) if kind == 'Conv1D' else nn.Linear(inputs, outputs, bias)
         model.set_submodule(name, new)
     for name, values in layout['attributes'].items():
-        for key, value in values.items(): setattr(model.get_submodule(name), key, value)
+        for key, value in values.items(): set_attribute(model.get_submodule(name), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(name), **values)
 
 # %% ../nbs/60_save.ipynb #6b213178
@@ -135,7 +135,7 @@ Pruned{base} = pruned_class({base})
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
 # %% ../nbs/60_save.ipynb #2428fb79
-PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values,
+PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values, OwnConfig, set_attribute,
          give_layout, check_loaded, pruned_class) # what it holds
 
 def modeling_source(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CRITERIA', 'row_costs', 'remove_rows', 'living', 'living_inverses', 'remove_structures', 'structured_threshold',
-           'structure_costs', 'set_weight', 'run_key', 'save_state', 'load_state', 'shares', 'zero_structures',
-           'zero_share', 'dead_units', 'drop_dead', 'unit_costs', 'remove_units', 'low_rank_step', 'loss_slopes',
-           'correct', 'Surgeon']
+           'structure_costs', 'set_weight', 'save_state', 'load_state', 'shares', 'zero_structures', 'zero_share',
+           'dead_units', 'drop_dead', 'unit_costs', 'adapt_to_loss', 'low_rank_step', 'loss_slopes', 'correct',
+           'Surgeon']
 
 # %% ../nbs/52_surgeon.ipynb #60d4b90e
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
@@ -19,11 +20,12 @@ from tqdm.auto import tqdm
 from .couplings import anatomy, couplings, slice_units, weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows
 from .evaluate import window_losses
-from .methods import Method
+from .methods import Method, Needs, setting
 from .models import blocks, decoder_linears, n_parameters
-from .plan import global_steps, keep_after, model_fingerprint, write_atomic
+from .plan import global_steps, keep_after, write_atomic
 from .repair import as_double, double_device
 from .scores import module_names, with_bias
+from .stream import run_key
 from .text import Windows
 
 # %% ../nbs/52_surgeon.ipynb #20252c12
@@ -145,15 +147,6 @@ def set_weight(
     weight = weight_of(module)
     weight.data.copy_(W[:, :weight.shape[1]])
     if module.bias is not None: module.bias.data.copy_(W[:, -1])
-
-# %% ../nbs/52_surgeon.ipynb #5edf44fb
-def run_key(
-    model, # dense model
-    windows, # calibration `Windows`
-    **settings, # everything else that decides the result
-):
-    "What tells one run from another, as plain values."
-    return dict(model=model_fingerprint(model), calibration=windows.fingerprint, **settings)
 
 # %% ../nbs/52_surgeon.ipynb #aba19ee2
 def save_state(
@@ -304,33 +297,41 @@ def unit_costs(
     return cost
 
 # %% ../nbs/52_surgeon.ipynb #b38f9036
-def remove_units(
-    model, # a causal language model, sliced in place
+def adapt_to_loss(
+    model, # a causal language model; weights of the tied linears change in place, no tensor shrinks
     coupling, # the coupling
     kept, # indices of the units that stay
     factors, # `Factors` by name, of what adapts; cut to what stays
     damp=.1, # ridge of the inverses, as a fraction of the mean diagonal
-    update='second', # what adapts: the `second` linear, all that are `tied`, or `none`
+    adapts='second', # what adapts: the `second` linear, all that are `tied`, or nothing (False)
     correlate=True, # removals know of each other
     known=None, # inverses that `unit_costs` kept, under the same ridge; those of shrunk factors leave it
 ):
-    "Let the tied matrices adapt to the loss of units (eq. rowupdate), then slice these off."
-    gone = torch.ones(coupling.n_units, dtype=bool); gone[kept] = False
-    if not gone.any(): return
+    "Let the tied matrices adapt to the loss of units (eq. rowupdate)."
+    gone = torch.ones(coupling.n_units, dtype=bool)
+    gone[kept] = False
+    for (n, second), removed in _removed_rows(coupling, gone).items():
+        if n not in factors: continue
+        side, W = 'A' if second else 'G', with_bias(model.get_submodule(n))
+        if adapts == 'tied' or second and adapts == 'second':
+            inverse = _inverse(known, factors, n, side, damp, W.device)
+            W = remove_rows(W.T if second else W, inverse, removed.to(W.device), correlate)
+            set_weight(model.get_submodule(n), W.T if second else W)
+        if known is not None: known.pop((n, side), None)
+        factors[n] = _shrunk(factors[n], side, removed)
+
+def _removed_rows(coupling, gone):
+    "By (name, whether it is the second linear): the rows, or the columns of the second, that leave."
     drop = {(coupling.second[0], True): [coupling.second[1][gone].flatten()]}
     for n, t in coupling.firsts: drop.setdefault((n, False), []).append(t[gone].flatten())
-    for (n, second), parts in drop.items():
-        if n not in factors: continue
-        m, f, r, side = model.get_submodule(n), factors[n], torch.cat(parts), 'A' if second else 'G'
-        M = getattr(f, side)
-        if update == 'tied' or second and update == 'second':
-            W = with_bias(m)
-            W = remove_rows(W.T if second else W, _inverse(known, factors, n, side, damp, W.device), r.to(W.device), correlate)
-            set_weight(m, W.T if second else W)
-        if known is not None: known.pop((n, side), None)
-        stay = torch.ones(len(M), dtype=bool); stay[r] = False
-        factors[n] = replace(f, **{side: M[stay.to(M.device)][:, stay.to(M.device)]})
-    slice_units(model, {coupling.name: kept})
+    return {k: torch.cat(parts) for k, parts in drop.items()}
+
+def _shrunk(factors, side, removed):
+    "Factors without what was removed."
+    M = getattr(factors, side)
+    stay = torch.ones(len(M), dtype=bool, device=M.device)
+    stay[removed.to(M.device)] = False
+    return replace(factors, **{side: M[stay][:, stay]})
 
 # %% ../nbs/52_surgeon.ipynb #ee376652
 def low_rank_step(
@@ -421,82 +422,99 @@ def _living_step(W, slope, f, rank, damp):
 class Surgeon(Method):
     "Remove the units that cost the loss least per parameter, over several shots, and let the others adapt (after van der Ouderaa et al. 2024)."
     name = 'surgeon'
-    units: tuple = ('mlp_channel',) # kinds of units
-    shots: int = 4 # rounds of curvature; sparsity rises by the same amount in each
-    rounds: int = 2 # removals in a shot, each with new costs from the same curvature
+    restore: bool | Literal['tied'] = True # what adapts: the second linear (True), all tied matrices, or nothing (False)
+    damp: float = setting(.1, least=0, is_a='a fraction of the mean diagonal, at least 0') # ridge of the inverse factors, as a fraction of the mean diagonal
+    shots: int = setting(4, least=1) # rounds of curvature; sparsity rises by the same amount in each
+    rounds: int = setting(2, least=1) # removals in a shot, each with new costs from the same curvature
     fresh: bool = False # each shot reads its own share of the windows instead of all
-    damp: float = .1 # ridge of the inverse factors, as a fraction of the mean diagonal
-    cost: str = 'second' # what a unit costs: its columns of the `second` linear, or the rows of the firsts too (`tied`)
-    update: str = 'second' # what adapts: the `second` linear, all that are `tied`, or `none`
+    cost: Literal['second', 'tied'] = 'second' # what a unit costs: its columns of the second linear, or the rows of the firsts too
     correlate: bool = True # removals know of each other; otherwise each adapts the rest as if alone
-    batch_size: int = 4 # windows in a forward and backward pass
-    store: str = None # device that holds the factors; by default each stays with its layer
-    checkpoint: bool = False # recompute each block in the backward pass: less memory, a third more work
-    state: str = None # file that keeps every finished shot, so that an interrupted run goes on from there
-    reuse: bool = True # keep inverses from the costs to the update: faster, but twice the memory of the factors
-    correction: int = 0 # rank of the first-order correction after each shot; 0 for none
-    spare: tuple = (0, 0) # blocks at the beginning and at the end that stay whole
+    correction: int = setting(0, least=0) # rank of the first-order correction after each shot; 0 for none
 
-    def only_slices(self): return self.update == 'none' and not self.correction
+    needs = Needs(text=False, whole_model='takes the curvature of the whole model')
+
+    def only_slices(self): return not (self.restore or self.correction)
 
 # %% ../nbs/52_surgeon.ipynb #3654361b
 @patch
-def check(self:Surgeon):
-    Method.check(self)
-    for name, least in (('shots', 1), ('rounds', 1), ('correction', 0)):
-        if not (isinstance(v := getattr(self, name), int) and v >= least): raise ValueError(f'{name} is {v!r}; it is a whole number, at least {least}.')
-    if self.damp is None: raise ValueError('damp is None; it is a fraction of the mean diagonal, for example 0.1.')
-    for name, known in (('cost', ('second', 'tied')), ('update', ('second', 'tied', 'none'))):
-        if (v := getattr(self, name)) not in known: raise ValueError(f'{name} is {v!r}; it is one of {", ".join(known)}.')
-
-@patch
 def names(self:Surgeon, table):
     "Linears whose curvature is needed."
-    return list(dict.fromkeys(n for c in table for n in (module_names(c) if 'tied' in (self.cost, self.update) else [c.second[0]])))
+    of = module_names if 'tied' in (self.cost, self.restore) else lambda c: [c.second[0]]
+    return list(dict.fromkeys(n for c in table for n in of(c)))
 
 # %% ../nbs/52_surgeon.ipynb #c70b0c9e
+@dataclass
+class _Shot:
+    factors: dict # `Factors` by name, cut to what is left
+    known: dict # inverses from the costs to the update; None where memory is scarce
+    costs: dict = None # of every unit, by coupling name
+
 @patch
-def shot(self:Surgeon, model, windows, sparsity):
-    "Remove a fraction of what is left, in place; kept units and costs, by coupling name."
-    linears = lambda: n_parameters(decoder_linears(model).values())
-    table, total = self.table(model), linears()
-    kept, scores = {c.name: torch.arange(c.n_units) for c in table}, {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
-    factors = curvature(model, windows, self.batch_size, self.names(table), self.store, checkpoint=self.checkpoint)
-    for i in range(self.rounds):
-        needed = sparsity*total*(i + 1)/self.rounds - (total - linears())
-        if needed <= 0: continue
-        table, known = self.table(model), {} if self.reuse else None
-        costs = {c.name: unit_costs(model, c, factors, self.damp, self.cost == 'tied', known) for c in table}
-        steps = global_steps(table, costs, needed/linears(), linears())
-        for c in table:
-            scores[c.name][kept[c.name]] = costs[c.name]
-            stay = keep_after(c, costs[c.name], steps[c.name])
-            remove_units(model, c, stay, factors, self.damp, self.update, self.correlate, known)
-            kept[c.name] = kept[c.name][stay]
-    if self.correction: correct(model, windows, factors, self.correction, batch_size=self.batch_size)
-    return {n: k.tolist() for n, k in kept.items()}, scores
+def prepare(self:Surgeon, ctx):
+    "Costs of all units from the factors of the shot."
+    shot = ctx.found
+    costs = {c.name: unit_costs(ctx.model, c, shot.factors, self.damp, self.cost == 'tied', shot.known) for c in ctx.table}
+    return replace(shot, costs=costs)
+
+@patch
+def score(self:Surgeon, v): return v.found.costs[v.coupling.name]
+
+@patch
+def allocate(self:Surgeon, ctx): return global_steps(ctx.table, ctx.found.costs, ctx.sparsity, ctx.total)
+
+@patch
+def repair(self:Surgeon, v, keep):
+    "Let the tied matrices adapt; the columns of the second linear that stay, (d, m)."
+    kept = torch.isin(v.coupling.second[1], keep.cpu()).all(1).nonzero().flatten()
+    adapts = 'second' if self.restore is True else self.restore
+    adapt_to_loss(v.model, v.coupling, kept, v.found.factors, self.damp, adapts, self.correlate, v.found.known)
+    return v.weight[:, keep]
 
 # %% ../nbs/52_surgeon.ipynb #70dc3c89
+def _composed(kept, scores, stay, costs):
+    "Kept units and scores in numbers of the model before, after another removal."
+    for n in stay:
+        scores[n][kept[n]] = costs[n]
+        kept[n] = [kept[n][i] for i in stay[n]]
+
 @patch
-def run(self:Surgeon, model, windows, sparsity):
-    linears = lambda: n_parameters(decoder_linears(model).values())
-    total, kept = linears(), {c.name: list(range(c.n_units)) for c in self.table(model)}
-    run = dict(done=0, kept=kept, scores={n: torch.zeros(len(k), dtype=torch.float64) for n, k in kept.items()})
-    parts = shares(windows, self.shots if self.fresh else 1)
-    key = run_key(model, windows, sparsity=sparsity, **{k: v for k, v in self.settings().items() if k != 'state'})
-    if old := load_state(self.state, key):
-        run = {k: old[k] for k in run}
-        slice_units(model, run['kept'])
-        model.load_state_dict(old['weights'], strict=False)
-    for i in tqdm(range(run['done'], self.shots), desc='shots', initial=run['done'], total=self.shots, leave=False):
-        needed = sparsity*total*(i + 1)/self.shots - (total - linears())
-        stay, costs = self.shot(model, parts[i%len(parts)], needed/linears()) if needed > 0 else ({}, {})
-        for n, s in stay.items():
-            run['scores'][n][run['kept'][n]] = costs[n]
-            run['kept'][n] = [run['kept'][n][j] for j in s]
-        run['done'] = i + 1
-        if self.state is not None: save_state(self.state, key, model, **run)
-    return run['kept'], run['scores']
+def _nothing_gone(self:Surgeon, ctx):
+    "All units of a model, and scores of zero, by coupling name."
+    table = self.table(ctx.model)
+    return {c.name: list(range(c.n_units)) for c in table}, {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
+
+@patch
+def shot(self:Surgeon, ctx, windows, target):
+    "Remove units until `target` parameters are left, in place; kept units and costs, by coupling name."
+    kept, scores = self._nothing_gone(ctx)
+    names, start = self.names(self.table(ctx.model)), ctx.linears()
+    factors = curvature(ctx.model, windows, ctx.run.gradient_batch, names, ctx.run.store, checkpoint=ctx.run.lean)
+    for i in range(self.rounds):
+        left = ctx.linears()
+        needed = (start - target)*(i + 1)/self.rounds - (start - left)
+        if needed <= 0: continue
+        stay, costs = ctx.stream(self, found=_Shot(factors, None if ctx.run.lean else {}), sparsity=needed/left, given=None)
+        _composed(kept, scores, stay, costs)
+    if self.correction: correct(ctx.model, windows, factors, self.correction, batch_size=ctx.run.gradient_batch)
+    return kept, scores
+
+# %% ../nbs/52_surgeon.ipynb #95eb9e25
+@patch
+def run(self:Surgeon, ctx):
+    "Prune over all shots; kept units and scores by coupling name."
+    kept, scores = self._nothing_gone(ctx)
+    done, total = 0, ctx.linears()
+    parts = shares(ctx.windows, self.shots if self.fresh else 1)
+    key = run_key(ctx.source, ctx.windows, sparsity=ctx.sparsity, **self.settings()) if ctx.run.log else None
+    if old := load_state(ctx.run.log, key):
+        done, kept, scores = old['done'], old['kept'], old['scores']
+        slice_units(ctx.model, kept)
+        ctx.model.load_state_dict(old['weights'], strict=False)
+    for i in tqdm(range(done, self.shots), desc='shots', initial=done, total=self.shots, leave=False):
+        target = total*(1 - ctx.sparsity*(i + 1)/self.shots)
+        if ctx.linears() > target: _composed(kept, scores, *self.shot(ctx, parts[i%len(parts)], target))
+        if ctx.run.log: save_state(ctx.run.log, key, ctx.model, done=i + 1, kept=kept, scores=scores)
+    return kept, scores
 
 # %% ../nbs/52_surgeon.ipynb #ae28eaf5
 @patch
@@ -510,10 +528,10 @@ def work(self:Surgeon,
     read = tokens/self.shots if self.fresh else tokens     # in each shot
     forward, head = 2*linears, 2*model.config.vocab_size*(d := model.config.hidden_size)     # of a token
     rows = factor_rows(model, names).values()
-    sums, inverses = sum(.625*2*r**2 for r in rows), (2 - self.reuse)*self.rounds*sum(r**3 for r in rows)
-    batch = min(tokens, 512*self.batch_size)               # tokens at the same time, for windows of 512
+    sums, inverses = sum(.625*2*r**2 for r in rows), self.rounds*sum(r**3 for r in rows)
+    batch = min(tokens, 512*4)               # tokens at the same time, for windows of 512
     activations = batch*(len(anatomy(model))*(14*d + 5*anatomy(model)[0].mlp_width)*model.dtype.itemsize + 12*model.config.vocab_size)
     held = curvature_bytes(model, names)                   # inverses, in float64, come when activations have gone
     correction = bool(self.correction)*(4*forward + 3*head)                                  # slopes, and one look at the loss
-    return dict(bytes=n_parameters([model])*model.dtype.itemsize + held + max(activations, 2*held*self.reuse), forward_flops=forward*tokens,
+    return dict(bytes=n_parameters([model])*model.dtype.itemsize + held + max(activations, 2*held), forward_flops=forward*tokens,
                 flops=self.shots*((2*forward + 2*head + sums + correction)*read + inverses))

@@ -16,7 +16,8 @@ from prunebook.bonsai import (L1_GRID, PRIORS, WORST, Bonsai, EvaluationLog, cut
 from prunebook.cli import main
 from prunebook.couplings import couplings, masked, slice_units
 from prunebook.evaluate import window_losses
-from prunebook.methods import METHODS, as_method, prune
+from prunebook.methods import METHODS, as_method
+from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
 from prunebook.plan import PrunePlan
 from prunebook.repair import damp_for
@@ -400,7 +401,7 @@ def test_other_logs_are_refused(tmp_path):
 JOB = '''
 import sys, time, torch
 import prunebook.bonsai as b
-from prunebook.methods import prune
+from prunebook.pruning import prune
 from prunebook.models import tiny_model
 from prunebook.plan import write_atomic
 from prunebook.text import Windows

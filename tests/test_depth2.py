@@ -9,7 +9,8 @@ from hypothesis import given, strategies as st
 from prunebook.couplings import anatomy, couplings, slice_units, weight_of
 from prunebook.depth2 import (CHOICES, Depth2, Moments, block_errors, column_moments, cross_gram, head_distances, js_sums, observed_attention,
                               removal_order, second_level, similarity_scores)
-from prunebook.methods import as_method, prune
+from prunebook.methods import as_method
+from prunebook.pruning import prune
 from prunebook.models import TINY
 from prunebook.repair import restore_columns
 from prunebook.save import load_pruned, save_pruned

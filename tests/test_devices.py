@@ -10,7 +10,8 @@ import torch
 from accelerate import dispatch_model
 from fake_gpu import FakeGPU, device
 from helpers import tiny_model
-from prunebook.methods import as_method, configured, prune
+from prunebook.methods import as_method, configured
+from prunebook.pruning import prune
 from prunebook.models import blocks
 from prunebook.text import Windows
 

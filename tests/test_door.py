@@ -13,7 +13,8 @@ from prunebook.bonsai import Bonsai
 from prunebook.couplings import anatomy, couplings, weight_of
 from prunebook.depth2 import Depth2
 from prunebook.fasp import FASP
-from prunebook.methods import METHODS, MODULES, Method, as_method, check_prunable, configured, prune
+from prunebook.methods import METHODS, MODULES, Method, as_method, check_prunable, configured
+from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears
 from prunebook.plan import PrunePlan
 from prunebook.recipe import Recipe

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny_model
 from prunebook.couplings import anatomy, couplings
 from prunebook.fasp import FASP, column_scores, fasp_work, rank_correlation, unit_scores
-from prunebook.methods import METHODS, as_method, prune
+from prunebook.methods import METHODS, as_method
+from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import damp_for
 from prunebook.text import Windows, random_tokens

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunebook.couplings import FAMILIES, Family, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
-from prunebook.methods import as_method, prune
+from prunebook.methods import as_method
+from prunebook.pruning import prune
 from prunebook.models import write_manifest
 from prunebook.save import fits_stock_class, layout, load_pruned, pruned_class, save_pruned, stock_class, upgraded
 from prunebook.text import Windows

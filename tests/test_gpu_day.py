@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunebook.methods import configured, prune
+from prunebook.methods import configured
+
+from prunebook.pruning import prune
 from prunebook.text import random_tokens
 from helpers import tiny_model
 

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from prunebook.couplings import NarrowValues, anatomy
 from prunebook.fasp import FASP
-from prunebook.methods import as_method, prune
+from prunebook.methods import as_method
+from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears
 from prunebook.recipe import Recipe
 from prunebook.save import load_pruned, save_pruned

@@ -2,7 +2,7 @@
 
 Changed since: GPT-2 keeps its transposed layers where its values are narrow, which were plain linears at version 0.1; so the same weights lie
 the other way round, and their product with the random direction is another one (three cases; units and norms are equal).
-A plan of FASP also lists couplings that lose nothing, as those of other methods did (`fasp-groups`; weights are equal).
+A plan also lists couplings that lose nothing (`fasp-groups`, `depth2-heads`; the cut couplings and all weights are equal).
 
 `python tests/test_parity.py` writes the fixture anew, from the package as it is.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunebook.methods import configured, prune
+from prunebook.methods import configured
+
+from prunebook.pruning import prune
 from prunebook.models import TINY, tiny_model
 from prunebook.text import random_tokens
 
@@ -25,14 +27,14 @@ SETTINGS = {
     'magnitude-restored': ('magnitude', dict(restore=True)),
     'wanda_sp': ('wanda_sp', {}),
     'flap': ('flap', {}),
-    'flap-bias': ('flap', dict(compensation='bias')),
+    'flap-bias': ('flap', dict(restore='bias')),
     'taylor': ('taylor', {}),
     'fasp': ('fasp', {}),
     'fasp-values': ('fasp', dict(units=VALUES)),
     'fasp-groups': ('fasp', dict(units=GROUPS, towards='zero', damp=.01)),
     'fasp-cut': ('fasp', dict(restore=False)),
     'depth2': ('depth2', {}),
-    'depth2-heads': ('depth2', dict(units=GROUPS, form='paper', reconstruct='two_step', trust=1.)),
+    'depth2-heads': ('depth2', dict(units=GROUPS, form='paper', restore='two_step', trust=1.)),
     'bonsai': ('bonsai', dict(evaluations=8, seqlen=12)),
     'surgeon': ('surgeon', dict(shots=2)),
     'recipe': ('recipe', {}),

@@ -10,7 +10,7 @@ from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook import plan as plan_module
 from prunebook.couplings import Coupling, check_kept, couplings, slice_units
-from prunebook.methods import prune
+from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.plan import PrunePlan, bundles, check_sparsity, global_steps, keep_after, model_fingerprint, tensor_sums, uniform_steps, write_atomic
 from prunebook.save import load_pruned, save_pruned

@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.fasp import FASP
-from prunebook.methods import as_method, prune
+from prunebook.methods import as_method
+from prunebook.pruning import prune
 from prunebook.models import decoder_linears, n_parameters
 from prunebook.plan import global_steps, model_fingerprint
 from prunebook.recipe import (Recipe, block_states, column_basis, cost_curve, divergence, drifting, emptied, greedy_order, marginal_costs, probe, removal_costs, trust_for,

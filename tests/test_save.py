@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from prunebook import models as models_module, save as save_module
 from prunebook.couplings import NarrowValues, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
-from prunebook.methods import prune
+from prunebook.pruning import prune
 from prunebook.models import MANIFEST, TINY, is_complete, load_model, reserved_folder, verify, write_manifest
 from prunebook.save import fits_stock_class, load_pruned, modeling_source, narrow_config, save_pruned, stock_class
 from prunebook.text import Windows

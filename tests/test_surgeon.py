@@ -9,7 +9,8 @@ from prunebook import surgeon as module
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.curvature import Factors, curvature, damped_inverse
 from prunebook.evaluate import window_losses
-from prunebook.methods import as_method, prune
+from prunebook.methods import as_method
+from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import restore_columns
 from prunebook.surgeon import (CRITERIA, Surgeon, correct, dead_units, drop_dead, living, living_inverses, load_state, loss_slopes, low_rank_step, remove_rows, remove_structures, remove_units, row_costs,
