@@ -72,7 +72,7 @@ def _factor(ridge, copy, dtype):
     damp = ridge.damp
     while True:
         M = copy(dtype)
-        low, high = _edges(M)
+        low, high = _edges(M.mT)                           # row after row: no copy
         if low == high == 0: return None, None
         mean = M.diagonal().mean().item()
         if not (math.isfinite(low) and math.isfinite(high) and 0 < mean < math.inf):
