@@ -8,7 +8,7 @@ __all__ = ['UPDATES', 'element_costs', 'keep_strongest', 'remove_together', 'rem
            'element_products', 'elements_work']
 
 # %% ../nbs/51_elements.ipynb #1da26167
-import math
+import math, warnings
 import torch
 from tqdm.auto import tqdm
 from .couplings import weight_of
@@ -106,21 +106,31 @@ def refit_kept(
     G=None, # factor of its outputs, with its ridge, (out, out); the identity by default
     iterations=10, # of conjugate gradients
 ):
-    "Kept weights that change the loss least (eq. kept), by conjugate gradients; the others are zero; (out, in)."
+    "Kept weights that change the loss least (eq. kept), by conjugate gradients; the others are zero; (out, in). Warns and stops at the best step if they diverge."
     bend = lambda Z: Z @ A if G is None else G @ Z @ A
-    scale = A.diag()[None] if G is None else G.diag()[:, None]*A.diag()
+    number = torch.finfo(W.dtype)
+    scale = (A.diag()[None] if G is None else G.diag()[:, None]*A.diag()).clamp(min=number.tiny)
     V = torch.where(keep, start, 0)
-    r = bend(W - V)*keep                                   # minus the slope
+    slope = bend(W - V)                                    # minus the slope
+    r = slope*keep
     p = z = r/scale
-    size = (r*z).sum()
-    for _ in range(iterations):
-        if size <= 0: break
-        q = bend(p)*keep
-        step = size/(p*q).sum()
-        V, r = V + step*p, r - step*q
+    size, rise = (r*z).sum(), ((W - V)*slope).sum()        # rise: twice the rise of the loss
+    first_size, first = size, rise
+    if not rise.isfinite(): raise ValueError('The start or a factor is not finite; give more tokens, or a larger damp.')
+    for i in range(iterations):
+        if size <= number.eps**2*first_size or rise <= number.eps*first: break               # solved, as far as the dtype goes
+        q = bend(p)
+        curvature = (p*(q*keep)).sum()
+        step = size/curvature
+        U, slope = V + step*p, slope - step*q
+        r = slope*keep
         z = r/scale
         old, size = size, (r*z).sum()
-        p = z + size/old*p
+        before, rise = rise, ((W - U)*slope).sum()
+        if not (curvature > 0 and size.isfinite() and rise <= before + number.eps**.5*first):
+            warnings.warn(f'Conjugate gradients diverge at step {i + 1} of {iterations}; the weights of step {i} are taken. Choose a larger damp, or fewer iterations.')
+            break
+        V, p = U, z + size/old*p
     return V
 
 # %% ../nbs/51_elements.ipynb #6876b03a

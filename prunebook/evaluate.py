@@ -185,9 +185,12 @@ def _lines(m):
 def report_table(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
+    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, smallest, largest)
 ):
     "The two measurements and their ratio, as a Markdown table followed by a sample of both."
-    rows = [f'| {label} | {b} | {a} | {va/vb:.2f} |' for (label, vb, b), (_, va, a) in zip(_lines(before), _lines(after))]
+    spread = {f'{k}, tokens/s': f'{m:.2f} ({low:.2f} to {high:.2f})' for k, (m, low, high) in (pairs or {}).items()}
+    lines = [(label, b, a, f'{va/vb:.2f}') for (label, vb, b), (_, va, a) in zip(_lines(before), _lines(after))]
+    rows = [f'| {label} | {b} | {a} | {spread.get(label, ratio)} |' for label, b, a, ratio in lines]
     d, e = loss_difference(before['perplexity'], after['perplexity'])
     return '\n'.join(['| measure | before | after | ratio |', '|---|---|---|---|', *rows, '',
                       f'The loss rises by {d:.3f} ± {e:.3f} nats per token (paired, {before["windows"]}).', '',
@@ -198,6 +201,7 @@ def plot_report(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
     title='', # printed above
+    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, smallest, largest)
 ):
     "Bars of the pruned model relative to the dense one; returns the figure."
     import matplotlib.pyplot as plt
@@ -206,7 +210,8 @@ def plot_report(
     err = [[0]*len(b), [0]*len(b)]
     err[0][0] = err[1][0] = ratio[0]*loss_difference(before['perplexity'], after['perplexity'])[1]
     for i, k in enumerate(after['speed'], start=len(b) - 2):
-        median, low, high = after['speed'][k]
+        median, low, high = pairs[k] if pairs else after['speed'][k]
+        ratio[i] = median if pairs else ratio[i]
         err[0][i], err[1][i] = ratio[i]*(1 - low/median), ratio[i]*(high/median - 1)
     fig, ax = plt.subplots(figsize=(6.5, 2.6))
     bars = ax.barh([x[0] for x in b], ratio, xerr=err, color=['#cc6677', *['#4477aa']*(len(b) - 3), '#228833', '#228833'], capsize=3)

@@ -217,7 +217,7 @@ class FLAP(Method):
     square_attention: bool = True # square the scores of attention columns before they are standardised, as the published code does
 
     @property
-    def needs(self): return Needs(text=self.restore not in (False, 'bias'))
+    def needs(self): return Needs(text=self.restore not in (False, 'bias'), everywhere=self.restore == 'bias')   # biases come in all blocks or in none
 
     def prepare(self, ctx):
         "Mean inputs of second linears, and standardised scores, from the dense model."

@@ -8,6 +8,7 @@ __all__ = ['InMemory', 'tensor_files', 'skeleton', 'read_tensor', 'fill', 'save_
 
 # %% ../nbs/05a_sources.ipynb #35bcd944
 import copy, json, re
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -246,3 +247,41 @@ def as_source(
 ):
     "The source itself; one of the model in memory otherwise."
     return model if hasattr(model, 'open') else InMemory(model, device)
+
+# %% ../nbs/05a_sources.ipynb #r70d3d1a
+def _ends(model):
+    "Every tensor outside of the blocks: module, name in it, the tensor, and its full name."
+    prefix = blocks(model)[0] + '.'
+    for path, m in model.named_modules():
+        if f'{path}.'.startswith(prefix): continue
+        for leaf, t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)):
+            yield m, leaf, t, f'{path}.{leaf}'
+
+@contextmanager
+def _lent(model, device, value):
+    "Context manager in which each of them is `value(name, tensor)`, on a device."
+    old = list(_ends(model))
+    try:
+        for m, leaf, t, name in old:
+            new = value(name, t).to(device or t.device)
+            setattr(m, leaf, nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new)
+        yield
+    finally:
+        for m, leaf, t, _ in old: setattr(m, leaf, t)
+
+@patch
+def ends(self:InMemory):
+    "Context manager in which embedding, last norm and head are where the work is done."
+    return _lent(self.model, self.device, lambda name, t: t.data)
+
+# %% ../nbs/05a_sources.ipynb #r701a2b3
+@patch
+def ends(self:OnDisk):
+    "Context manager in which embedding, last norm and head are in memory, where the work is done."
+    tied = self.model.all_tied_weights_keys                # the embedding that a head shares
+    def value(name, t):
+        if not t.is_meta: return t.data
+        first = tied.get(name, name)
+        there = self.model.get_parameter(first)
+        return there.data if not there.is_meta else _checked(first, self.read(first), t.shape).to(t.dtype)
+    return _lent(self.model, self.device, value)

@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 
-from prunebook.cli import _machine
 from prunebook.depth2 import Depth2, block_errors
 from prunebook.evaluate import window_losses
 from prunebook.pruning import prune
 from prunebook.models import load_model
 from prunebook.couplings import anatomy
-from prunebook.plan import model_fingerprint, write_atomic
+from prunebook.plan import write_atomic
+from prunebook.record import about
 from prunebook.text import Windows, load_windows, random_tokens
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'passages'
+NAMES = ('depth2',)
 
 
 @torch.no_grad()
@@ -62,18 +62,16 @@ def depth2(model, tokenizer):
 
 
 def main():
-    known = dict(depth2=depth2)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('names', nargs='+', choices=known, metavar='NAME', help=f'one of {", ".join(known)}')
+    parser.add_argument('names', nargs='+', choices=NAMES, metavar='NAME', help=f'one of {", ".join(NAMES)}')
     names = parser.parse_args().names
     model, tokenizer = load_model('smollm2-135m')
     for name in names:
         start = time.process_time()
-        data, windows = known[name](model, tokenizer)
-        about = dict(model='smollm2-135m', model_fingerprint=model_fingerprint(model), windows=[repr(w) for w in windows], cpu_seconds=round(time.process_time() - start, 1),
-                     versions=dict(torch=torch.__version__, transformers=transformers.__version__), machine=_machine(model))
-        write_atomic(RESULTS/f'{name}.json', json.dumps({**data, 'about': about}, ensure_ascii=False, indent=1) + '\n')
-        print(f'{name}: {about["cpu_seconds"]} CPU seconds')
+        data, windows = dict(depth2=depth2)[name](model, tokenizer)
+        told = about(model, 'smollm2-135m', windows, time.process_time() - start)
+        write_atomic(RESULTS/f'{name}.json', json.dumps({**data, 'about': told}, ensure_ascii=False, indent=1) + '\n')
+        print(f'{name}: {told["cpu_seconds"]} CPU seconds')
 
 
 if __name__ == '__main__': main()

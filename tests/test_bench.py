@@ -12,9 +12,11 @@ from helpers import tiny_model
 from hypothesis import given, strategies as st
 
 from prunebook import bench as bench_module
-from prunebook.bench import Cell, bench, compare, finished, last_words, paired_speed, quality, read_grid, recheck, run_cell
+from prunebook.bench import Zeroing, bench, compare, finished, read_grid, recheck, run_cell
 from prunebook.cli import main
 from prunebook.evaluate import window_losses
+from prunebook.models import decoder_linears
+from prunebook.record import Record, last_words, paired_speed, quality
 from prunebook.text import Windows, load_windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -78,13 +80,16 @@ def test_not_a_grid(written, content, words):
 
 def test_record(folder, written):
     cell = read_grid(written(grid(folder, speed=1)))['cut-0.2-0']
-    r = json.loads(json.dumps(run_cell(cell), allow_nan=False))
-    q = r['quality']['passages']
+    r = json.loads(run_cell(cell).text())
     assert r['cell']['label'] == 'cut' and r['method'] == 'fasp' and r['settings']['restore'] is False
-    assert r['true_sparsity'] >= .2 and len(q['losses']) == 3
-    assert math.isclose(q['perplexity']['value'], math.exp(sum(q['losses'])/3), rel_tol=1e-3)
-    assert r['units_left'].keys() == {f'{i}.mlp_channel' for i in range(3)} and set(r['speed']) == {'prefill', 'decode'}
-    assert 0 < r['disk_bytes'] - r['bytes'] < 20000 and r['seconds']['forward_cpu'] > 0
+    assert r['true_sparsity'] >= .2 and r['evaluation'].startswith('3 windows of 64 tokens from passages')
+    for when in ('before', 'after'):
+        losses = r['losses'][when]
+        assert len(losses) == 3
+        assert math.isclose(r['perplexity'][when]['value'], math.exp(sum(losses)/3), rel_tol=1e-3)
+    assert r['linear_parameters']['after'] < r['linear_parameters']['before']
+    assert r['units_left'].keys() == {f'{i}.mlp_channel' for i in range(3)} and set(r['speed']) == {'before', 'after', 'ratio'}
+    assert 0 < r['disk_bytes'] - r['bytes']['after'] < 20000 and r['seconds']['forward_cpu'] > 0
 
 
 def test_runs_once_and_goes_on(folder, written, tmp_path):
@@ -96,7 +101,8 @@ def test_runs_once_and_goes_on(folder, written, tmp_path):
     assert runs == ['dense', 'cut-0.2-0']
     assert bench(path, out, run=lambda *a, **kw: pytest.fail('ran again')) == []
     a, b = [json.loads((out/f'random-0.2-{i}.json').read_text()) for i in (0, 1)]
-    assert a['quality'] != b['quality'] and a['calibration'] != b['calibration']
+    assert a['losses']['after'] != b['losses']['after'] and a['calibration'] != b['calibration']
+    assert a['losses']['before'] == b['losses']['before']
 
 
 def test_other_settings_are_not_a_result(folder, written, tmp_path):
@@ -137,7 +143,7 @@ def test_check(folder, written, tmp_path, capsys):
     assert recheck(path, out, 'dense') == {'dense': ['it has no committed result']}
     old = json.loads((out/'cut-0.2-0.json').read_text())
     new = json.loads(json.dumps(old))
-    q = new['quality']['passages']['perplexity']
+    q = new['perplexity']['after']
     q['value'] += .9*q['stderr']
     assert compare(old, new) == []
     q['value'] += .2*q['stderr']
@@ -159,12 +165,12 @@ def test_quality_is_that_of_the_losses(tiny_tokenizer):
     words = [s for w in windows.ids for s in last_words(w, tiny_tokenizer)]
     known = sum((model(w[None]).logits[0].argmax(-1)[a-1:b-1] == w[a:b]).all().item() for w in windows.ids for a, b in last_words(w, tiny_tokenizer))
     assert q.words == len(words) > 3 and q.known == known
-    assert 'null' not in json.dumps(q.record())
+    assert q.plain()['losses'] == q.perplexity.losses.tolist() and 'null' not in json.dumps(q.plain())
 
 
 def test_no_words(tiny_tokenizer):
     model = tiny_model('llama')
-    r = quality(model, tiny_tokenizer, Windows(torch.full((2, 20), 7), 'no sentence')).record()
+    r = quality(model, tiny_tokenizer, Windows(torch.full((2, 20), 7), 'no sentence')).plain()
     assert r['last_words'] == dict(value=None, stderr=0, words=0)
 
 
@@ -178,4 +184,6 @@ def test_last_words_are_words(tiny_tokenizer, words):
 
 def test_paired_speed_has_order():
     model = tiny_model('llama', max_position_embeddings=64)
-    for median, low, high in paired_speed(model, model, repeats=3, prompt=16, new=2).values(): assert 0 < low <= median <= high
+    r = paired_speed(model, model, repeats=3, prompt=16, new=2)
+    assert r.keys() == {'before', 'after', 'ratio'}
+    for median, low, high in [v for side in r.values() for v in side.values()]: assert 0 < low <= median <= high

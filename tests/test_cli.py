@@ -102,15 +102,19 @@ def test_report_and_json(settings, folders, run, tmp_path):
     code, out, err = run('prune', folders['dense'], '--out', out_folder, '--settings', settings, *QUICK, '--report', '--json')
     assert code == 0, err
     r = strict(out)
-    assert r == strict((out_folder/'report.json').read_text())
+    assert r.pop('folder') == str(out_folder) and r == strict((out_folder/'report.json').read_text())
+    assert str(out_folder.parent) not in (out_folder/'report.json').read_text()             # no path of the machine
     assert {'method', 'settings', 'sparsity', 'true_sparsity', 'calibration', 'versions', 'model', 'model_fingerprint', 'seed', 'seconds', 'peak_extra_bytes', 'machine',
-            'folder', 'plain_transformers', 'perplexity', 'parameters', 'linear_parameters', 'bytes', 'speed', 'sample', 'evaluation'} == r.keys()
-    assert (r['method'], r['sparsity'], r['seed'], r['model'], r['folder']) == ('fasp', .2, 0, folders['dense'], str(out_folder))
+            'plain_transformers', 'perplexity', 'losses', 'last_words', 'parameters', 'linear_parameters', 'bytes', 'speed', 'sample', 'evaluation',
+            'units_left'} == r.keys()
+    assert (r['method'], r['sparsity'], r['seed'], r['model']) == ('fasp', .2, 0, 'dense')
     assert r['plain_transformers'] == (settings == '{}')
     assert r['linear_parameters']['after'] == pytest.approx(r['linear_parameters']['before']*(1 - r['true_sparsity']))
     assert r['parameters']['before'] - r['parameters']['after'] == r['linear_parameters']['before'] - r['linear_parameters']['after'] > 0
     assert r['bytes']['after'] < r['bytes']['before']
+    assert all(0 < low <= median <= high for median, low, high in r['speed']['ratio'].values())
     for when in ('before', 'after'):
+        assert len(r['losses'][when]) == 3
         assert r['perplexity'][when].keys() == {'value', 'stderr', 'windows'} and r['perplexity'][when]['windows'] == 3 and r['perplexity'][when]['value'] > 1
         assert r['sample'][when].startswith('The old lighthouse keeper')
         assert all(0 < low <= median <= high for median, low, high in r['speed'][when].values())
@@ -129,6 +133,8 @@ def test_report_for_reading(folders, run, tmp_path):
     code, out, err = run('prune', folders['dense'], '--out', tmp_path/'small', *QUICK, '--report')
     assert code == 0, err
     assert out.startswith((tmp_path/'small'/'report.md').read_text()) and 'Pruning took' in out and 'times a forward pass' in out and 'Saved in' in out
+    assert re.search(r'timed in turn: prefill [\d.]+ \([\d.]+ to [\d.]+\), decode', out)
+    assert re.search(r'\| prefill, tokens/s \|.*\| [\d.]+ \([\d.]+ to [\d.]+\) \|\n', out)
 
 
 def test_report_on_one_window(folders, run, tmp_path):
@@ -349,7 +355,7 @@ def test_eval(which, folders, run, tmp_path):
     code, out, err = run(*args, '--json')
     assert code == 0, err
     r = strict(out)
-    assert {'perplexity', 'parameters', 'linear_parameters', 'bytes', 'speed', 'sample', 'windows', 'tasks', 'machine'} == r.keys()
+    assert {'perplexity', 'losses', 'parameters', 'linear_parameters', 'bytes', 'speed', 'sample', 'windows', 'tasks', 'machine'} == r.keys()
     assert r['tasks'] == {} and r['perplexity']['windows'] == 3 and r['machine']['dtype'] == 'float32' and r['windows'].startswith('3 windows of 64 tokens from passages, side by side')
     linears = dict(dense=0, stock=3*17*(3*24 + 2), remote=3*2*3*(24*4 + 1))                    # what was taken away
     assert r['linear_parameters'] == 3*(24*48 + 48 + 2*(24*16 + 16) + 48*24 + 24 + 2*(24*37 + 37) + 37*24 + 24) - linears[which]

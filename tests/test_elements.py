@@ -2,6 +2,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -135,6 +136,44 @@ def test_conjugate_gradients_never_go_up_and_forget_their_start():
     assert rise(refit_kept(W, torch.randn_like(W), keep, A, G, 80), W, A, G) == pytest.approx(rises[-1], rel=1e-4)
     assert torch.equal(refit_kept(W, W, torch.zeros_like(keep), A, G), torch.zeros_like(W))
     assert torch.allclose(refit_kept(W, W, torch.ones_like(keep), A, G), W)
+
+
+@pytest.mark.parametrize('dtype,limit', [(torch.float32, 1e-3), (torch.float64, 1e-7)])
+@pytest.mark.parametrize('samples', [5, 10, 20])
+def test_conjugate_gradients_end_before_they_diverge(samples, dtype, limit):
+    "More steps than directions, no ridge: unguarded, the rise goes up without bound."
+    few, W = (torch.randn(n, 200, generator=torch.Generator().manual_seed(i)).to(dtype) for i, n in ((0, samples), (1, 64)))
+    A, keep = few.T @ few/samples, torch.rand(64, 200, generator=torch.Generator().manual_seed(2)) < .5
+    start = rise(W*keep, *(x.double() for x in (W, A, torch.eye(64))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        some, many = (refit_kept(W, W, keep, A, None, i) for i in (20, 1000))
+    assert many.isfinite().all() and not many[~keep].any()
+    rises = [abs(rise(*(x.double() for x in (V, W, A, torch.eye(64)))))/start for V in (some, many)]
+    assert rises[1] <= rises[0] + limit and many.norm() < 100*W.norm()
+    assert all('larger damp' in str(w.message) for w in caught)
+
+
+def test_divergence_is_said():
+    few, W = (torch.randn(10, 36, generator=torch.Generator().manual_seed(1)), torch.randn(24, 36, generator=torch.Generator().manual_seed(1)))
+    keep = torch.rand(24, 36, generator=torch.Generator().manual_seed(2)) < .5
+    with pytest.warns(UserWarning, match='larger damp'): refit_kept(W, W, keep, few.T @ few/10, None, 1000)
+
+
+@pytest.mark.parametrize('iterations', [1, 10, 100])
+def test_a_channel_without_input_and_without_ridge_keeps_its_weights(iterations):
+    W, A, G = problem(6, 9)
+    A[2] = A[:, 2] = 0
+    keep = torch.rand(6, 9, generator=torch.Generator().manual_seed(1)) < .5
+    V = refit_kept(W, W, keep, A, G, iterations)
+    assert V.isfinite().all() and torch.equal(V[:, 2], W[:, 2]*keep[:, 2])
+
+
+@pytest.mark.parametrize('which', ['A', 'G', 'W'])
+def test_conjugate_gradients_refuse_what_is_not_finite(which):
+    given = dict(zip('WAG', problem(6, 9)))
+    given[which][1, 1] = float('nan')
+    with pytest.raises(ValueError, match='larger damp'): refit_kept(given['W'], given['W'], torch.ones(6, 9, dtype=bool), given['A'], given['G'])
 
 
 def test_without_gradients_rows_are_least_squares():

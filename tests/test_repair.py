@@ -1,10 +1,13 @@
 """Restoring columns is a least-squares problem, and a generic solver for it is the oracle."""
+import dataclasses
 import warnings
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from prunebook.repair import restore_columns, ridge_solve
+from prunebook.repair import Ridge, restore_columns, ridge_solve
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 f64 = torch.float64
@@ -24,28 +27,29 @@ def problems(draw, tall=True):
 def error(U, X, W, keep): return (X[:, keep] @ U.T - X @ W.T).norm().item()
 
 
-def oracle(X, W, keep, damp, towards):
+def oracle(X, W, keep, damp, towards, of='mean'):
     "The penalty is m more rows of data."
-    delta = damp*(X[:, keep]**2).sum(0).mean()
+    power = (X[:, keep]**2).sum(0)
+    delta = damp*(power.mean().expand(len(keep)) if of == 'mean' else power)
     goal = W[:, keep].T if towards == 'weights' else torch.zeros(len(keep), len(W), dtype=f64)
-    rows = torch.cat([X[:, keep], delta.sqrt()*torch.eye(len(keep), dtype=f64)])
-    return torch.linalg.lstsq(rows, torch.cat([X @ W.T, delta.sqrt()*goal]), driver='gelsd').solution.T
+    rows = torch.cat([X[:, keep], delta.sqrt().diag()])
+    return torch.linalg.lstsq(rows, torch.cat([X @ W.T, delta.sqrt()[:, None]*goal]), driver='gelsd').solution.T
 
 
 # ---- the oracle -----------------------------------------------------------------------------------------------------
 
-@given(problems(), st.sampled_from([1e-6, .01, 1., 100.]), st.sampled_from(['weights', 'zero']))
-def test_least_squares(problem, damp, towards):
+@given(problems(), st.sampled_from([1e-6, .01, 1., 100.]), st.sampled_from(['weights', 'zero']), st.sampled_from(['mean', 'own']))
+def test_least_squares(problem, damp, towards, of):
     X, W, keep = problem
-    U, expected = restore_columns(W, X.T @ X, keep, damp, towards), oracle(X, W, keep, damp, towards)
+    U, expected = Ridge(damp, towards, of).restore(W, X.T @ X, keep), oracle(X, W, keep, damp, towards, of)
     assert U.shape == (len(W), len(keep)) and U.dtype == f64
     assert (U - expected).abs().max() <= 1e-6*max(1, expected.abs().max())
 
 
-@given(problems(tall=False), st.sampled_from([.01, 1.]), st.sampled_from(['weights', 'zero']))
-def test_least_squares_with_fewer_tokens_than_channels(problem, damp, towards):
+@given(problems(tall=False), st.sampled_from([.01, 1.]), st.sampled_from(['weights', 'zero']), st.sampled_from(['mean', 'own']))
+def test_least_squares_with_fewer_tokens_than_channels(problem, damp, towards, of):
     X, W, keep = problem
-    U, expected = restore_columns(W, X.T @ X, keep, damp, towards), oracle(X, W, keep, damp, towards)
+    U, expected = Ridge(damp, towards, of).restore(W, X.T @ X, keep), oracle(X, W, keep, damp, towards, of)
     assert (U - expected).abs().max() <= 1e-6*max(1, expected.abs().max())
 
 
@@ -211,3 +215,107 @@ def test_float64_is_taken_where_float32_fails():
 
 def test_targets_have_names():
     with pytest.raises(ValueError, match="towards is 'nowhere'"): restore_columns(torch.ones(2, 3), torch.eye(3), torch.tensor([0]), towards='nowhere')
+
+
+# ---- the settings ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('setting', [*(dict(damp=v) for v in (-1, -1e-9, float('nan'), float('inf'), 'much', None, True)), dict(towards='nowhere'), dict(towards=None), dict(of='all'), dict(of=None)])
+def test_settings_are_checked_when_they_are_made(setting):
+    (name, value), = setting.items()
+    with pytest.raises(ValueError, match=f'{name} is {value!r}; it is '): Ridge(**setting)
+
+
+def test_settings_stay():
+    with pytest.raises(dataclasses.FrozenInstanceError): Ridge().damp = 1.
+    assert Ridge(.5) == Ridge(damp=.5) and len({Ridge(), Ridge(), Ridge(of='own')}) == 2
+
+
+# ---- in proportion to each channel's own power ----------------------------------------------------------------------
+
+@given(problems(), st.sampled_from([1e-3, .1, 1.]), st.integers(0, 99))
+def test_an_own_ridge_does_not_see_the_units_of_a_channel(problem, damp, seed):
+    "Channel j times s, its weights divided by s: the same layer, and the same repair."
+    X, W, keep = problem
+    s = 10**torch.randint(-1, 2, (X.shape[1],), generator=torch.Generator().manual_seed(seed)).double()
+    U, V = (Ridge(damp, of='own').restore(w, x.T @ x, keep) for x, w in ((X, W), (X*s, W/s)))
+    assert (V*s[keep] - U).abs().max() <= 1e-6*max(1, U.abs().max())
+
+
+def test_one_loud_channel_hides_the_others_from_the_mean_only():
+    "A channel of 1000 times the amplitude: a ridge of the mean no longer lets the others move, an own one does."
+    X = torch.randn(200, 8, dtype=f64, generator=torch.Generator().manual_seed(0))
+    X[:, 4:] = X[:, :4] + .1*X[:, 4:]                      # each of the last four is nearly one of the first
+    W, keep = torch.randn(3, 8, dtype=f64, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+    X[:, 0] *= 1e3
+    X[:, 4] = 0
+    cut = error(W[:, keep], X, W, keep)
+    assert error(Ridge(.1).restore(W, X.T @ X, keep), X, W, keep) > .9*cut
+    assert error(Ridge(.1, of='own').restore(W, X.T @ X, keep), X, W, keep) < .3*cut
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, f64])
+@pytest.mark.parametrize('damp', [0, 1e-6, .01, 1])
+def test_dead_inputs_with_an_own_ridge(damp, dtype):
+    X = torch.randn(40, 8, dtype=f64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    X[:, [1, 4]] = 0
+    W, keep = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).to(dtype), torch.tensor([0, 1, 2, 6])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore' if damp == 0 else 'error')
+        U, Z = (Ridge(damp, t, 'own').restore(W, X.T @ X, keep) for t in ('weights', 'zero'))
+    assert torch.allclose(U[:, 1], W[:, 1]) and not Z[:, 1].any()
+    live = [i for i in range(8) if i not in (1, 4)]
+    other = Ridge(damp, of='own').restore(W[:, live], (X.T @ X)[live][:, live], torch.tensor([0, 1, 4]))      # the dead ones change nothing, at any damp
+    assert torch.allclose(U[:, [0, 2, 3]], other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('of', ['mean', 'own'])
+def test_any_finite_matrix_ends(of):
+    "Indefinite, with a diagonal of very different sizes."
+    A = torch.tensor([[1., 10, 0], [10, 1e-6, 0], [0, 0, -1e-3]])
+    with pytest.warns(UserWarning, match='damping is raised'): X = Ridge(0., of=of).solve(A, torch.ones(3, 1))
+    assert X.isfinite().all()
+
+
+# ---- what else a ridge solves ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('of', ['mean', 'own'])
+def test_inverse(of):
+    X = torch.randn(30, 9, dtype=f64, generator=torch.Generator().manual_seed(0))*torch.arange(1, 10)
+    M, ridge = X.T @ X, Ridge(.1, of=of)
+    delta = .1*(M.diag().mean().expand(9) if of == 'mean' else M.diag())
+    assert torch.allclose(ridge.inverse(M), torch.linalg.inv(M + delta.diag()))
+    assert torch.allclose(ridge.inverse(M), ridge.solve(M, torch.eye(9)), atol=1e-12)
+    assert torch.equal(ridge.inverse(torch.zeros(3, 3)), torch.eye(3, dtype=f64))
+
+
+def test_an_inverse_that_fails_is_damped_aloud():
+    with pytest.warns(UserWarning, match='damping is raised'): found = Ridge(0.).inverse(torch.diag(torch.tensor([3., -1.])))
+    assert found.isfinite().all() and (found.diag() > 0).all()
+    with pytest.raises(ValueError, match='no finite, non-zero input'): Ridge().inverse(torch.diag(torch.tensor([1., -2.])))
+
+
+def test_a_ridge_towards_zero_has_no_prior():
+    A, B, old = torch.eye(3), torch.ones(3, 2), torch.full((3, 2), 5.)
+    assert torch.equal(Ridge(1., 'zero').solve(A, B, old), Ridge(1.).solve(A, B))
+    assert torch.allclose(Ridge(1.).solve(A, B, old), torch.full((3, 2), 3., dtype=f64))
+
+
+class Large(TorchDispatchMode):
+    "Counts storages of at least `size` entries that operations make."
+    def __init__(self, size): super().__init__(); self.size, self.made = size, []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, given = f(*args, **(kwargs or {})), {x.untyped_storage().data_ptr() for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        self.made += [x for x in tree_iter(out) if isinstance(x, torch.Tensor) and x.numel() >= self.size and x.untyped_storage().data_ptr() not in given]
+        return out
+
+
+@pytest.mark.parametrize('name', ['restore', 'solve', 'inverse'])
+def test_the_matrix_is_held_once(name):
+    "One copy of what is factorized, whatever is asked; the matrix that was given is untouched."
+    X = torch.randn(200, 60, generator=torch.Generator().manual_seed(0)).double()
+    C, W, keep = X.T @ X, torch.randn(3, 60).double(), torch.arange(50)
+    old = C.clone()
+    ask = dict(restore=lambda r: r.restore(W, C, keep), solve=lambda r: r.solve(C, W.T), inverse=lambda r: r.inverse(C))[name]
+    with Large(50*50) as counted: ask(Ridge())
+    assert len({x.untyped_storage().data_ptr() for x in counted.made}) == 1 and torch.equal(C, old)

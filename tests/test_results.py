@@ -1,0 +1,73 @@
+"""Every file under results/ is made by a command that the book names, and says what it was measured with."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from prunebook.bench import ZEROING, finished, read_grid
+from prunebook.record import Record, parts_timed
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT/'results'
+GRIDS = {p.stem: read_grid(p) for p in sorted(RESULTS.glob('*.yml'))}
+FILES = [(n, p) for n in GRIDS for p in sorted((RESULTS/n).glob('*.json'))]
+
+
+def strings(x):
+    "All strings in plain values, keys too."
+    if isinstance(x, dict): return [*x, *(s for v in x.values() for s in strings(v))]
+    if isinstance(x, list): return [s for v in x for s in strings(v)]
+    return [x] if isinstance(x, str) else []
+
+
+def agrees(asked, told):
+    "Whether windows that a grid asks for are those that a record tells of."
+    n, seqlen, text = asked['n'], asked['seqlen'], asked['text']
+    source = dict(random='random tokens', self='self-generated').get(text, text)
+    found = re.match(r'(\d+) windows of (\d+) tokens from (.*)', told)
+    return int(found[1]) <= n and int(found[2]) == seqlen and found[3].startswith(source)
+
+
+def test_every_folder_has_a_command():
+    folders = {p.name for p in RESULTS.iterdir() if p.is_dir()}
+    assert folders == {*GRIDS, 'gpu', 'interactive', 'passages'}                              # the last three have scripts
+    page = (ROOT/'nbs'/'80_bench.ipynb').read_text()
+    for name in GRIDS: assert f'prunebook bench results/{name}.yml --out results/{name}' in page
+    for name in ('interactive', 'passages'): assert f'scripts/measure_{name}.py' in page
+
+
+@pytest.mark.parametrize('name', ['interactive', 'passages'])
+def test_scripts_make_each_of_their_files(name):
+    tree = ast.parse((ROOT/'scripts'/f'measure_{name}.py').read_text())
+    names = next(n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == 'NAMES')
+    assert {p.stem for p in (RESULTS/name).iterdir()} == {*ast.literal_eval(names)}
+
+
+@pytest.mark.parametrize('grid, path', FILES, ids=[f'{n}/{p.stem}' for n, p in FILES])
+def test_a_file_is_a_record_of_its_cell(grid, path):
+    assert path.stem in GRIDS[grid], f'{path.name} belongs to no cell'
+    cell = GRIDS[grid][path.stem]
+    assert finished(cell, RESULTS/grid)                    # refuses other settings
+    r = Record.read(path)
+    assert (r.method, r.sparsity, r.model) == (cell.method, cell.sparsity, cell.model)
+    assert {k: r.settings.get(k, 'missing') for k in cell.settings} == cell.settings
+    assert cell.method == 'dense' or agrees(cell.calibration, r.calibration) and r.seed == cell.seed
+    told = [r.evaluation] if r.evaluation else []
+    told += [t['evaluation'] for t in (r.other_texts or {}).values()]
+    assert len(told) == len(cell.evaluation) and all(map(agrees, cell.evaluation, told))
+
+
+@pytest.mark.parametrize('path', sorted(RESULTS.glob('*/*.json')), ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_no_file_holds_a_path_of_a_machine(path):
+    found = [s for s in strings(json.loads(path.read_text())) if re.match(r'(/|~|[A-Z]:\\)\w', s)]
+    assert not found
+
+
+def test_functions_whose_time_is_taken_are_there():
+    import prunebook.surgeon as module
+    timed = [c for cells in GRIDS.values() for c in cells.values() if c.parts]
+    assert timed and {c.method for c in timed} <= {'surgeon', *ZEROING}
+    for parts in {json.dumps(c.parts) for c in timed}:
+        with parts_timed(module, json.loads(parts)): pass
