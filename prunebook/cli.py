@@ -319,12 +319,11 @@ def cmd_eval(
 # %% ../nbs/99_cli.ipynb #eed43238
 def _anatomy_record(net):
     "Sizes of a model, and its kinds of units, as plain values."
-    from prunebook.couplings import KINDS, anatomy, couplings
+    from prunebook.couplings import anatomy, couplings, kinds_of
     from prunebook.models import decoder_linears, n_parameters
     shapes, total = anatomy(net), n_parameters(decoder_linears(net).values())
     b, r = shapes[0], {}
-    for kind in KINDS:
-        if kind == 'query_head' and b.heads == b.kv_heads: continue
+    for kind in kinds_of(net):
         table = couplings(net, kind)
         r[kind] = dict(units=sum(c.n_units for c in table), parameters_each=table[0].cost, share_of_decoder=sum(c.n_units*c.cost for c in table)/total, first=repr(table[0]))
     return dict(type=net.config.model_type, blocks=len(shapes), parameters=n_parameters([net]), linear_parameters=total, hidden=net.config.hidden_size,

@@ -84,7 +84,7 @@ def upgraded(
     linears, values = {}, {}
     for name, (kind, inputs, outputs, bias, *sizes) in layout['linears'].items():
         attention, _, last = name.rpartition('.')
-        part = values.setdefault(attention, {}) if sizes else None
+        part = values.setdefault(attention, dict(beside=0)) if sizes else None
         if kind == 'PaddedValue': part.update(zip(('first', 'head_dim', 'value_dim', 'lead'), (last, *sizes)))
         if kind == 'UnpaddedOutput': part['second'] = last
         linears[name] = ['Linear' if sizes else kind, inputs, outputs, bias]
