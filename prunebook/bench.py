@@ -140,10 +140,10 @@ def _check_entries(where, found, known):
         raise ValueError(f'{where}: unknown entry {", ".join(unknown)}; there are {", ".join(known)}.')
 
 # %% ../nbs/80_bench.ipynb #3706ef30
-# what a grid file must hold, and what a method of it may have, and of which type
-GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list, seeds=list, methods=dict)
-ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict,
-               evaluation=list, speed=int, parts=dict, names=str)
+GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list,
+            seeds=list, methods=dict) # what a grid file must hold, and of which type
+ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict, evaluation=list,
+               speed=int, parts=dict, names=str) # what a method of a grid may have, and of which type
 NAMES = '{label}-{sparsity}-{seed}' # what cells are called, if a grid does not say
 
 def _parsed(path):

@@ -454,8 +454,8 @@ def _usage(argv):
     return 0 if known and argv else 2
 
 # %% ../nbs/99_cli.ipynb #95dbe701
-# the commands, by name
-COMMANDS = dict(prune=cmd_prune, eval=cmd_eval, inspect=cmd_inspect, verify=cmd_verify, bench=cmd_bench)
+COMMANDS = dict(prune=cmd_prune, eval=cmd_eval, inspect=cmd_inspect,
+                verify=cmd_verify, bench=cmd_bench) # the commands, by name
 
 def _run(f, args):
     "Run a command's function; the exit code."
