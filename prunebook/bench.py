@@ -20,6 +20,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from .methods import as_method, configured
 from .pruning import prune
 from .models import check_writable, decoder_linears, load_model, n_parameters
 from .plan import PrunePlan, _versions, model_fingerprint, write_atomic
-from .record import Record, State, machine, paired_speed, parts_timed, portable, side_by_side, timed, timed_forward
+from .record import Record, State, machine, portable, side_by_side
+from .record import paired_speed, parts_timed, timed, timed_forward
 from .save import save_pruned
 from .text import Windows, load_windows
 
@@ -50,10 +52,10 @@ class Cell:
     calibration: dict # text, n and seqlen of the calibration windows
     evaluation: list # of dicts: text, n and seqlen of evaluation windows
     speed: int = 5 # pairs of timed runs
-    parts: dict = field(default_factory=dict) # part -> functions in the module of the method whose time is taken
+    parts: dict = field(default_factory=dict) # part -> functions of the method's module, to be timed
 
     def built(self):
-        "The `Method` or `Zeroing` with its settings, checked. Raises `ValueError` for settings it does not have."
+        "The `Method` or `Zeroing` with its settings. Raises `ValueError` for settings it does not have."
         if self.method in ZEROING: return Zeroing(self.method, self.settings)
         seed = dict(seed=self.seed) if 'seed' in as_method(self.method).settings() else {}
         return configured(self.method, {**seed, **self.settings})
@@ -68,7 +70,7 @@ def _zero_by_magnitude(model, sparsity=None, n=None, m=None):
     return zeros_among(linears)
 
 def _zero_elements(model, windows, sparsity, score, m=None, gradients=None, **options):
-    "Zero single weights, m·(1 - sparsity) of m stay if m is given; `gradients`: windows for the curvature of the dense model."
+    # m·(1 - sparsity) of m weights stay, if m is given; `gradients`: windows for the curvature of the dense model
     from prunebook.elements import sparsify_elements, sparsify_shots
     from prunebook.scores import sparsify
     pattern = dict(sparsity=sparsity) if m is None else dict(n=round(m*(1 - sparsity)), m=m)
@@ -84,17 +86,19 @@ def _zero_structures(model, windows, sparsity, criterion='full', **options):
 
 # %% ../nbs/80_bench.ipynb #r80z0005
 ZEROING = dict(elements=_zero_elements, structures=_zero_structures) # ways to zero weights, by name
+_HOMES = dict(elements='prunebook.elements', structures='prunebook.surgeon') # where their functions live
 _SCORES = ('magnitude', 'wanda', 'inputs', 'curvature', 'shots')
 
 @dataclass
 class Zeroing:
-    "A way to zero weights, called like a method; its settings are those of its function. Raises `ValueError` for others."
+    "A way to zero weights, called like a method. Raises `ValueError` for settings its function does not have."
     name: str # one of `ZEROING`
     settings: dict # of its function
 
     def __post_init__(self):
         try: inspect.signature(ZEROING[self.name]).bind(None, None, .5, **self.settings)
-        except TypeError as e: raise ValueError(f'{self.name}: {e}; it has the settings of its function.') from e
+        except TypeError as e:
+            raise ValueError(f'{self.name}: {e}; it has the settings of its function.') from e
         if self.name == 'elements' and self.settings['score'] not in _SCORES:
             raise ValueError(f'score is {self.settings["score"]!r}; it is one of {", ".join(_SCORES)}.')
 
@@ -126,19 +130,21 @@ def _check_windows(where, w):
 def _check_evaluation(where, found):
     "Raises `ValueError` unless `found` is a list of windows, each of another text."
     for w in found: _check_windows(f'{where}: evaluation', w)
-    if len({w['text'] for w in found}) < len(found): raise ValueError(f'{where}: evaluation names a text twice.')
+    if len({w['text'] for w in found}) < len(found):
+        raise ValueError(f'{where}: evaluation names a text twice.')
 
 def _check_entries(where, found, known):
     "Raises `ValueError` unless `found` is a dict with no other keys than `known`."
     if not isinstance(found, dict):
         raise ValueError(f'{where} is {found!r}; it should be a table with {", ".join(known)}.')
-    if unknown := set(found) - {*known}:
-        raise ValueError(f'{where}: unknown entry {", ".join(sorted(map(str, unknown)))}; there are {", ".join(known)}.')
+    if unknown := sorted(str(k) for k in set(found) - {*known}):
+        raise ValueError(f'{where}: unknown entry {", ".join(unknown)}; there are {", ".join(known)}.')
 
 # %% ../nbs/80_bench.ipynb #3706ef30
-GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list, seeds=list, methods=dict) # what a grid file must hold, and of which type
-ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict,
-               evaluation=list, speed=int, parts=dict, names=str) # what a method of a grid may have, and of which type
+GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list,
+            seeds=list, methods=dict) # what a grid file must hold, and of which type
+ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict, evaluation=list,
+               speed=int, parts=dict, names=str) # what a method of a grid may have, and of which type
 NAMES = '{label}-{sparsity}-{seed}' # what cells are called, if a grid does not say
 
 def _parsed(path):
@@ -152,7 +158,8 @@ def _checked(path, grid):
     if not isinstance(grid, dict): raise ValueError(f'{path} is not a grid: it holds no settings.')
     for k, kind in GRID.items():
         if not (isinstance(grid.get(k), kind) and (grid[k] or k == 'methods')):
-            raise ValueError(f'{path}: {k} is {grid.get(k)!r}; a grid needs {", ".join(GRID)}, and this one is a {kind.__name__}.')
+            needs = f'a grid needs {", ".join(GRID)}, and this one is a {kind.__name__}'
+            raise ValueError(f'{path}: {k} is {grid.get(k)!r}; {needs}.')
     _check_entries(path, grid, [*GRID, 'speed', 'names', 'parts'])
     _check_windows(f'{path}: calibration', grid['calibration'])
     _check_evaluation(path, grid['evaluation'])
@@ -189,11 +196,14 @@ def _check_method(where, label, m):
 def _check_cell(where, c):
     "Raises `ValueError` for a cell that cannot be measured."
     if not re.fullmatch(r'\w[\w .+-]*', c.name):
-        raise ValueError(f'{where}: a cell would be called {c.name!r}; files are named after cells, so that a method is called by letters, digits, spaces and "._+-".')
+        allowed = 'files are named after cells, so that a method is called by letters, digits, spaces and "._+-"'
+        raise ValueError(f'{where}: a cell would be called {c.name!r}; {allowed}.')
     if not (c.method == 'dense' or _is_number(c.sparsity, (int, float), most=1) and c.sparsity):
         raise ValueError(f'{where} has sparsity {c.sparsity!r}; it is a fraction between 0 and 1, for example 0.2.')
-    if not _is_number(c.seed): raise ValueError(f'{where} has seed {c.seed!r}; it is a whole number, at least 0.')
-    if not _is_number(c.speed): raise ValueError(f'{where}: speed is {c.speed!r}; it is a number of pairs, 0 for none.')
+    if not _is_number(c.seed):
+        raise ValueError(f'{where} has seed {c.seed!r}; it is a whole number, at least 0.')
+    if not _is_number(c.speed):
+        raise ValueError(f'{where}: speed is {c.speed!r}; it is a number of pairs, 0 for none.')
     if not _is_table_of_names(c.parts):
         raise ValueError(f'{where}: parts is {c.parts!r}; it gives a list of functions to each part.')
     if c.method == 'dense': return
@@ -205,7 +215,8 @@ def _named(where, pattern, **parts):
     "The name of a cell. Raises `ValueError` for a pattern with other parts."
     try: return pattern.format(**parts)
     except (KeyError, IndexError, ValueError, AttributeError) as e:
-        raise ValueError(f'{where}: names is {pattern!r}; it is made of {", ".join("{%s}" % p for p in parts)}.') from e
+        known = ', '.join('{%s}' % p for p in parts)
+        raise ValueError(f'{where}: names is {pattern!r}; it is made of {known}.') from e
 
 def _cells(path, grid, label, m):
     "The cells of one method of a grid."
@@ -217,11 +228,13 @@ def _cells(path, grid, label, m):
     own = {k: m.get(k, grid.get(k, default)) for k, default in dict(evaluation=[], speed=5, parts={}).items()}
     common = dict(label=str(label), method=m.get('method', label), settings=m.get('settings', {}),
                   model=grid['model'], calibration=calibration, **own)
-    if common['method'] == 'dense': cells = [Cell(name=str(label), sparsity=0., seed=0, **common)]
-    else:
-        pattern = m.get('names', grid.get('names', NAMES))
-        crossed = [(s, seed) for s in m.get('sparsities', grid['sparsities']) for seed in m.get('seeds', grid['seeds'])]
-        cells = [Cell(name=_named(where, pattern, label=label, sparsity=s, seed=seed), sparsity=s, seed=seed, **common) for s, seed in crossed]
+    crossed = product(m.get('sparsities', grid['sparsities']), m.get('seeds', grid['seeds']))
+    pattern = m.get('names', grid.get('names', NAMES))
+    if common['method'] == 'dense': crossed, pattern = [(0., 0)], '{label}'
+    cells = []
+    for sparsity, seed in crossed:
+        name = _named(where, pattern, label=label, sparsity=sparsity, seed=seed)
+        cells.append(Cell(name=name, sparsity=sparsity, seed=seed, **common))
     for c in cells: _check_cell(where, c)
     return cells
 
@@ -243,14 +256,20 @@ def _zeros(model, plan):
     return dict(zeros=zeros, removable=1 - left/whole)
 
 # %% ../nbs/80_bench.ipynb #5bd83636
+def _module(method):
+    "The module in which a method, or a way to zero weights, lives."
+    if isinstance(method, Zeroing): return importlib.import_module(_HOMES[method.name])
+    return importlib.import_module(type(method).__module__)
+
 def _pruned(model, calibration, cell):
     "The pruned model (`model` itself), its plan, and what it took."
     method = cell.built()
     forward = timed_forward(model, calibration, share=.25)
-    zeroes = isinstance(method, Zeroing)
-    run = (lambda: method.prune(model, calibration, cell.sparsity)) if zeroes else lambda: prune(model, calibration, method, cell.sparsity, inplace=True)
-    module = importlib.import_module((ZEROING[cell.method] if zeroes else type(method)).__module__)
-    with parts_timed(module, cell.parts) as parts: (small, plan), seconds, extra = timed(run, model.device, forward)
+    def run():
+        if isinstance(method, Zeroing): return method.prune(model, calibration, cell.sparsity)
+        return prune(model, calibration, method, cell.sparsity, inplace=True)
+    with parts_timed(_module(method), cell.parts) as parts:
+        (small, plan), seconds, extra = timed(run, model.device, forward)
     rounds = method.summary() if hasattr(method, 'summary') else None
     return small, plan, dict(seconds=seconds, peak_extra_bytes=extra, parts_cpu=parts or None, rounds=rounds or None)
 
@@ -259,37 +278,39 @@ def run_cell(
 ):
     "Measure one cell in this process; its `Record`."
     model, tokenizer = load_model(cell.model)
-    texts = {e['text']: load_windows(e['text'], model, tokenizer, e['n'], e['seqlen'], evaluation=True) for e in cell.evaluation}
-    before, asked = State.of(model, tokenizer, texts), asdict(cell)
+    cut = lambda w, **kw: load_windows(w['text'], model, tokenizer, w['n'], w['seqlen'], **kw)
+    texts = {w['text']: cut(w, evaluation=True) for w in cell.evaluation}
+    before = State.of(model, tokenizer, texts)
     if cell.method == 'dense':
-        return Record('dense', portable(cell.model), {}, 0., 0., cell=asked, versions=_versions(), machine=machine(model),
-                      model_fingerprint=model_fingerprint(model), **side_by_side(before, before))
-    c = cell.calibration
-    calibration = load_windows(c['text'], model, tokenizer, c['n'], c['seqlen'], cell.seed)
-    small, plan, took = _pruned(copy.deepcopy(model), calibration, cell)
+        where = dict(versions=_versions(), machine=machine(model), model_fingerprint=model_fingerprint(model))
+        states = side_by_side(before, before)
+        return Record('dense', portable(cell.model), {}, 0., 0., cell=asdict(cell), **where, **states)
+    small, plan, took = _pruned(copy.deepcopy(model), cut(cell.calibration, seed=cell.seed), cell)
+    took['speed'] = paired_speed(model, small, cell.speed) if cell.speed else None
     states = side_by_side(before, State.of(small, tokenizer, texts))
-    pairs = paired_speed(model, small, cell.speed) if cell.speed else None
-    return Record.of(plan, small, cell.model, seed=cell.seed, cell=asked, speed=pairs, disk_bytes=_disk_bytes(small, plan),
-                     **took, **_zeros(small, plan), **states)
+    what = dict(seed=cell.seed, cell=asdict(cell), disk_bytes=_disk_bytes(small, plan), **_zeros(small, plan))
+    return Record.of(plan, small, cell.model, **what, **took, **states)
 
 # %% ../nbs/80_bench.ipynb #125ad217
 def finished(
     cell, # a `Cell`
     out, # folder of results
 ):
-    "The cell's record as a dict if it has been measured, or None. Raises `ValueError` for a result of other settings."
+    "The cell's record as a dict, None if there is none. Raises `ValueError` for a result of other settings."
     path = Path(out)/f'{cell.name}.json'
     if not path.exists(): return None
     found = asdict(Record.read(path))
     had, want = found['cell'], json.loads(json.dumps(asdict(cell)))
-    if not isinstance(had, dict): raise ValueError(f'{path} is not the result of a cell; delete it or choose another folder.')
+    if not isinstance(had, dict):
+        raise ValueError(f'{path} is not the result of a cell; delete it or choose another folder.')
     if other := [k for k in want if k != 'parts' and had.get(k) != want[k]]:
-        raise ValueError(f'{path} was measured with another {" and ".join(other)}; delete it or choose another folder.')
+        changed = ' and '.join(other)
+        raise ValueError(f'{path} was measured with another {changed}; delete it or choose another folder.')
     return {k: v for k, v in found.items() if v is not None}
 
 # %% ../nbs/80_bench.ipynb #69f88a82
 class Children:
-    "Context manager: runs command lines, several at once if asked; on leaving it, those that still run are ended."
+    "Context manager: runs command lines, several at once if asked; those that still run at the end are ended."
     def __init__(self): self.running, self.over, self.lock = [], False, threading.Lock()
 
     def __enter__(self): return self
@@ -318,7 +339,8 @@ _CELL = 'import sys; from prunebook.bench import one_cell; one_cell(*sys.argv[1:
 
 def _chosen(grid, only, jobs):
     "The cells of a grid whose name fits a pattern. Raises `ValueError` if there is none."
-    if not _is_number(jobs, least=1): raise ValueError(f'jobs is {jobs!r}; it is a number of cells, at least 1.')
+    if not _is_number(jobs, least=1):
+        raise ValueError(f'jobs is {jobs!r}; it is a number of cells, at least 1.')
     every = read_grid(grid)
     cells = {n: c for n, c in every.items() if fnmatch(n, only)}
     if not cells: raise ValueError(f'No cell is called {only!r}; there are {", ".join(every)}.')
@@ -331,7 +353,7 @@ def bench(
     jobs=1, # cells at the same time; timings suffer if there is more than one
     run=None, # runs a command line; in a process of its own by default
 ):
-    "Run every cell without a result in a process of its own; names of those that failed. Raises `ValueError` or `OSError` before any work."
+    "Run every cell that has no result; names of those that failed. Raises `ValueError` or `OSError` before any work."
     cells = _chosen(grid, only, jobs)
     todo = [n for n, c in cells.items() if finished(c, out) is None]
     for n in todo: check_writable(Path(out)/f'{n}.json')
@@ -342,7 +364,8 @@ def bench(
             said = done.stderr.strip().splitlines() or ['no message']
             if done.returncode: tqdm.write(f'{n} failed: {said[-1]}', file=sys.stderr)
             return done.returncode
-        codes = list(tqdm(pool.map(fails, todo), desc='cells', initial=len(cells) - len(todo), total=len(cells)))
+        finished_before = len(cells) - len(todo)
+        codes = list(tqdm(pool.map(fails, todo), desc='cells', initial=finished_before, total=len(cells)))
     return [n for n, code in zip(todo, codes) if code]
 
 def one_cell(
@@ -359,7 +382,7 @@ def _far(
     new, # the number to compare with it
     tolerance, # the largest difference that is allowed
 ):
-    "Whether two numbers differ by more than `tolerance`; what is missing or not finite differs from everything."
+    "Whether two numbers differ by more than `tolerance`; what is missing or not finite always differs."
     numbers = all(_is_number(x, (int, float), -math.inf, math.inf) for x in (old, new, tolerance))
     return not numbers or not abs(new - old) <= tolerance
 
@@ -380,7 +403,7 @@ def compare(
     "What differs by more than the stated error, in words; empty if nothing does."
     differs, share = [], (_at(old, 'true_sparsity'), _at(new, 'true_sparsity'))
     if _far(*share, .005): differs.append(f'true sparsity {share[1]} instead of {share[0]}')
-    if _at(old, 'cell', 'evaluation') == []: return differs                                  # only time and memory
+    if _at(old, 'cell', 'evaluation') == []: return differs          # only time and memory
     today = _by_text(new)
     for text, then in _by_text(old).items():
         value, error = (_at(then, 'perplexity', 'after', k) for k in ('value', 'stderr'))
@@ -396,7 +419,7 @@ def recheck(
     only='*', # shell pattern of the names of cells
     jobs=1, # cells at the same time
 ):
-    "Measure cells again; by name, what differs (see `compare`). Raises `ValueError` for a committed result of other settings, before any work."
+    "What differs when cells are measured again, by name. Raises `ValueError` for a result of other settings, before any work."
     cells = _chosen(grid, only, jobs)
     old = {n: finished(c, out) for n, c in cells.items()}
     with tempfile.TemporaryDirectory() as again:

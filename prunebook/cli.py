@@ -41,11 +41,12 @@ def _text(source):
 
 # %% ../nbs/99_cli.ipynb #bbf61d40
 def _dtype(name, device):
-    "The torch dtype of a name; the default of the device for None. Raises `ValueError` for a name that is none."
+    "The torch dtype of a name; for None that of the device. Raises `ValueError` for a name that is none."
     import torch
     from prunebook.models import default_dtype
     if name is None: return default_dtype(device)
-    if not isinstance(getattr(torch, name, None), torch.dtype): raise ValueError(f'Unknown dtype {name!r}; for example float32 or bfloat16.')
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f'Unknown dtype {name!r}; for example float32 or bfloat16.')
     return getattr(torch, name)
 
 def _shapes(folder):
@@ -65,7 +66,8 @@ def needed_bytes(
 ):
     "Bytes of the weights of the pruned model, from the heads of the dense model's files; 0 if they do not say."
     shapes = _shapes(folder)
-    decoder = [math.prod(s) for n, s in shapes.items() if len(s) == 2 and any(part.isdigit() for part in n.split('.'))]
+    numbered = lambda name: any(part.isdigit() for part in name.split('.'))
+    decoder = [math.prod(s) for n, s in shapes.items() if len(s) == 2 and numbered(n)]
     return round(itemsize*(sum(map(math.prod, shapes.values())) - sparsity*sum(decoder)))
 
 # %% ../nbs/99_cli.ipynb #8466b7ce
@@ -78,9 +80,12 @@ def _load(model, device, dtype, trust=False):
     try: net, tokenizer = load_model(model, device, dtype, trust_remote_code=trust)
     except ValueError as e:
         if trust or 'trust_remote_code' not in f'{e} {e.__cause__}': raise
-        raise ValueError(f'{model} comes with code of its own, which is not run unasked; read it, and add --trust-remote-code if you want it to run.') from e
-    if not getattr(net.config, 'num_hidden_layers', 1): raise ValueError(f'Cannot load {model!r}: its configuration has no decoder blocks.')
-    with readable(model), torch.no_grad(): net(torch.zeros(1, 2, dtype=torch.long, device=net.device), use_cache=False)
+        remedy = 'read it, and add --trust-remote-code if you want it to run'
+        raise ValueError(f'{model} comes with code of its own, which is not run unasked; {remedy}.') from e
+    if not getattr(net.config, 'num_hidden_layers', 1):
+        raise ValueError(f'Cannot load {model!r}: its configuration has no decoder blocks.')
+    two = torch.zeros(1, 2, dtype=torch.long, device=net.device)
+    with readable(model), torch.no_grad(): net(two, use_cache=False)
     return net, tokenizer
 
 # %% ../nbs/99_cli.ipynb #bdfa5efe
@@ -166,7 +171,8 @@ def _mark(path):
 def _left(out, before):
     "What an interrupted run left at `out`, in words; `before` is the `_mark` of what was there."
     from prunebook.models import leftovers
-    if parts := [p.name for p in leftovers(out)]: return f'{", ".join(parts)} is left beside {out}, and the next run into it removes that.'
+    if parts := [p.name for p in leftovers(out)]:
+        return f'{", ".join(parts)} is left beside {out}, and the next run into it removes that.'
     if _mark(out) != before: return f'{out} is the new model, and whole.'
     return f'{out} is as it was.' if before else f'nothing was left at {out}.'
 
@@ -178,18 +184,22 @@ def _place(out, model, sparsity, device, dtype, force):
         return
     from prunebook.models import reserved_folder
     before = _mark(out)
-    if os.path.lexists(out) and not force: raise FileExistsError(f'{out} exists already; choose another folder, or add --force if it is one of ours.')
+    if os.path.lexists(out) and not force:
+        raise FileExistsError(f'{out} exists already; choose another folder, or add --force if it is one of ours.')
+    size = needed_bytes(model, sparsity, _dtype(dtype, device).itemsize)
     try:
-        with reserved_folder(out, needed_bytes(model, sparsity, _dtype(dtype, device).itemsize), force, model): yield
+        with reserved_folder(out, size, force, model): yield
     except KeyboardInterrupt as e: raise type(e)(_left(out, before)) from None
 
 # %% ../nbs/99_cli.ipynb #572e15c9
 def _method(name, settings):
-    "A method by name, with settings from a JSON string. Raises `ValueError` for settings that cannot be, `OSError` for files that cannot be written."
+    "A method by name, with settings from a JSON string. Raises `ValueError` for settings that cannot be."
     from prunebook.methods import configured
     try: values = json.loads(settings)
-    except (ValueError, RecursionError) as e: raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
-    if not isinstance(values, dict): raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
+    if not isinstance(values, dict):
+        raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
     return configured(name, values)
 
 def _run_of(batch_size, log, lean):
@@ -232,7 +242,8 @@ def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run):
     from copy import deepcopy
     from prunebook.pruning import prune
     from prunebook.record import paired_speed, timed, timed_forward
-    _say('\n'.join(filter(None, [f'Calibration: {calibration!r}', _estimate(net, method, calibration, sparsity)])))
+    _say(f'Calibration: {calibration!r}')
+    if guess := _estimate(net, method, calibration, sparsity): _say(guess)
     before = _state(net, tokenizer, test, 'dense') if report else None
     _say(f'Pruning with {method} ...')
     forward = timed_forward(net, calibration) if report else None
@@ -325,9 +336,12 @@ def _anatomy_record(net):
     b, r = shapes[0], {}
     for kind in kinds_of(net):
         table = couplings(net, kind)
-        r[kind] = dict(units=sum(c.n_units for c in table), parameters_each=table[0].cost, share_of_decoder=sum(c.n_units*c.cost for c in table)/total, first=repr(table[0]))
-    return dict(type=net.config.model_type, blocks=len(shapes), parameters=n_parameters([net]), linear_parameters=total, hidden=net.config.hidden_size,
-                query_heads=b.heads, kv_heads=b.kv_heads, head_size=b.head_dim, mlp_width=b.mlp_width, units=r)
+        units, share = sum(c.n_units for c in table), sum(c.n_units*c.cost for c in table)/total
+        r[kind] = dict(units=units, parameters_each=table[0].cost, share_of_decoder=share, first=repr(table[0]))
+    sizes = dict(blocks=len(shapes), parameters=n_parameters([net]), linear_parameters=total)
+    widths = dict(hidden=net.config.hidden_size, query_heads=b.heads, kv_heads=b.kv_heads,
+                  head_size=b.head_dim, mlp_width=b.mlp_width)
+    return dict(type=net.config.model_type, **sizes, **widths, units=r)
 
 # %% ../nbs/99_cli.ipynb #1e27007a
 def cmd_inspect(
@@ -367,9 +381,12 @@ def cmd_bench(
     from prunebook.bench import bench, recheck
     if out is None: raise ValueError('Name the folder of results with --out.')
     try: r = recheck(grid, out, only, jobs) if check else {n: ['it failed'] for n in bench(grid, out, only, jobs)}
-    except KeyboardInterrupt as e: raise type(e)('its cells were ended; those that were finished have their files, and the same command goes on from there.') from None
+    except KeyboardInterrupt as e:
+        kept = 'those that were finished have their files, and the same command goes on from there'
+        raise type(e)(f'its cells were ended; {kept}.') from None
     for name, differs in r.items(): print(f'{name:30} {"; ".join(differs) or "as committed"}')
-    if wrong := [n for n, differs in r.items() if differs]: raise RuntimeError(f'{len(wrong)} cells {"differ" if check else "failed"}: {", ".join(wrong)}.')
+    if wrong := [n for n, differs in r.items() if differs]:
+        raise RuntimeError(f'{len(wrong)} cells {"differ" if check else "failed"}: {", ".join(wrong)}.')
 
 # %% ../nbs/99_cli.ipynb #70a32978
 def _one_line(e):
@@ -377,11 +394,13 @@ def _one_line(e):
     return ' '.join(str(e).split()) or type(e).__name__
 
 def _is_mistake(e):
-    "Whether an error is one to mend outside of this package: of a kind for that, or raised by this package on purpose."
-    if isinstance(e, (ValueError, OSError, ImportError, MemoryError)) or type(e).__name__ == 'OutOfMemoryError': return True
+    "Whether an error can be mended outside of this package: by its kind, or as we raised it on purpose."
+    if type(e).__name__ == 'OutOfMemoryError': return True
+    if isinstance(e, (ValueError, OSError, ImportError, MemoryError)): return True
     tb = e.__traceback__
     while tb and tb.tb_next: tb = tb.tb_next
-    return isinstance(e, RuntimeError) and tb is not None and tb.tb_frame.f_globals.get('__name__', '').startswith('prunebook.')
+    where = tb.tb_frame.f_globals.get('__name__', '') if tb else ''
+    return isinstance(e, RuntimeError) and where.startswith('prunebook.')
 
 # %% ../nbs/99_cli.ipynb #a2f511d7
 def _kept_traceback(e):
@@ -401,9 +420,12 @@ def _kept_traceback(e):
 def _explained(e):
     "Say what went wrong; the exit code."
     if type(e).__name__ == 'OutOfMemoryError' or isinstance(e, MemoryError):
-        said, code = f'out of memory ({_one_line(e)}); take shorter windows (--seqlen), or --dtype bfloat16, or a larger device.', 2
+        remedy = 'take shorter windows (--seqlen), or --dtype bfloat16, or a larger device'
+        said, code = f'out of memory ({_one_line(e)}); {remedy}.', 2
     elif _is_mistake(e): said, code = _one_line(e), 2
-    else: said, code = f'this should not have happened ({type(e).__name__}: {_one_line(e)}), and is a bug of prunebook; please report it with {_kept_traceback(e)}.', 70
+    else:
+        bug = f'this should not have happened ({type(e).__name__}: {_one_line(e)}), and is a bug of prunebook'
+        said, code = f'{bug}; please report it with {_kept_traceback(e)}.', 70
     print(f'error: {said}', file=sys.stderr, flush=True)
     return code
 
@@ -426,19 +448,23 @@ def terminable():
 def _arguments(f, command, *words):
     "Keyword arguments of a command's function from the words of a command line."
     parser = anno_parser(f, prog=f'prunebook {command}')
-    words = ['--' + a[2:].split('=')[0].replace('-', '_') + a[len(a.split('=')[0]):] if a.startswith('--') else a for a in words]    # --eval-n is --eval_n
-    return {k: v for k, v in vars(parser.parse_args(words)).items() if k not in ('pdb', 'xtra')}
+    def underscored(a):                                    # --eval-n is --eval_n
+        name, *value = a.split('=', 1)
+        return '='.join(['--' + name[2:].replace('-', '_'), *value]) if a.startswith('--') else a
+    return {k: v for k, v in vars(parser.parse_args([*map(underscored, words)])).items() if k not in ('pdb', 'xtra')}
 
 def _usage(argv):
     "Print the commands, and what was wrong with the words if anything was; returns the exit code."
     lines = [f'  {n:8} {f.__doc__}' for n, f in COMMANDS.items()]
     known = argv[:1] in ([], ['-h'], ['--help'])
-    print('\n'.join(['usage: prunebook COMMAND ...; prunebook COMMAND --help shows the options', *lines] + ([] if known else [f'error: there is no command {argv[0]!r}'])),
+    wrong = [] if known else [f'error: there is no command {argv[0]!r}']
+    print('\n'.join(['usage: prunebook COMMAND ...; prunebook COMMAND --help shows the options', *lines, *wrong]),
           file=sys.stdout if known and argv else sys.stderr)
     return 0 if known and argv else 2
 
 # %% ../nbs/99_cli.ipynb #95dbe701
-COMMANDS = dict(prune=cmd_prune, eval=cmd_eval, inspect=cmd_inspect, verify=cmd_verify, bench=cmd_bench) # the commands, by name
+COMMANDS = dict(prune=cmd_prune, eval=cmd_eval, inspect=cmd_inspect,
+                verify=cmd_verify, bench=cmd_bench) # the commands, by name
 
 def _run(f, args):
     "Run a command's function; the exit code."
