@@ -26,7 +26,7 @@ class InMemory:
     ): self.model, self.device, self.home = model, device, {}
 
     def embeddings(self): return nullcontext()
-    def tensor_list(self): return []
+    def collect(self, tensors): return list(tensors)
 
     def open(self,
         block, # a `Block` of the model
@@ -97,7 +97,7 @@ def skeleton(
     folder, # folder of a checkpoint
     dtype=None, # a torch dtype; that of the configuration by default
 ):
-    "A model with its parameters on `meta`. Runs no code of the folder. Raises `ValueError` for other folders."
+    "A model on `meta`, without running code of the folder. Raises `ValueError` for other folders."
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     config = _stock_config(folder)
@@ -111,7 +111,8 @@ def read_tensor(
     name, # name of a tensor
 ):
     "A tensor of a checkpoint, mapped from its file. Raises `ValueError` if it is missing or damaged."
-    if name not in files: raise ValueError(f'The checkpoint has no tensor {name}; it belongs to another model.')
+    if name not in files:
+        raise ValueError(f'The checkpoint has no tensor {name}; it belongs to another model.')
     try:
         with safe_open(files[name], 'pt') as f: return f.get_tensor(name)
     except (OSError, SafetensorError) as e:
@@ -162,8 +163,11 @@ def _raw(x):
     return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 class _DiskList:
-    "A list of tensors whose values lie in a temporary file. Raises `OSError` if it cannot be written or read."
-    def __init__(self, folder): self.folder, self.file, self.places = folder, tempfile.TemporaryFile(dir=folder), []
+    "A list of tensors whose values lie in a temporary file. Raises `OSError` where the disk does."
+    def __init__(self, folder):
+        self.folder, self.places = folder, []              # a place is an offset, a dtype and a shape
+        self.file = tempfile.TemporaryFile(dir=folder)
+
     def __len__(self): return len(self.places)
 
     def append(self, x):
@@ -205,7 +209,7 @@ def _check_names(
     tied = model.all_tied_weights_keys                     # the other name of each tied tensor
     if lost := [s for n, s in saved.items() if n not in tied and s not in files]:
         raise ValueError(f'The checkpoint has no tensor {lost[0]}; it belongs to another model.')
-    computed = [*(model._keys_to_ignore_on_load_unexpected or ()), r'rotary_emb\.inv_freq']    # in old checkpoints
+    computed = [*(model._keys_to_ignore_on_load_unexpected or ()), r'rotary_emb\.inv_freq']
     known = {*saved.values()}
     surplus = [n for n in files if not any(re.search(c, n) for c in computed)]
     if other := [n for n in surplus if n not in known]:
@@ -259,9 +263,11 @@ class OnDisk:
         return [n for n in self.names if not n.startswith(self.prefix)]
 
     def tensors(self):
-        "Pairs of name and tensor of all that the model takes, one by one. Raises `ValueError` for unusable ones."
+        "Pairs of name and tensor of all that the model takes, one by one. Raises `ValueError` as `_checked`."
         shapes = {n: t.shape for n, t in self.model.state_dict().items()}
-        for name in self.names: yield name, _checked(name, self.read(name), shapes[name])
+        for name in self.names:
+            yield name, _checked(name, self.read(name), shapes[name])
+            _give_back()
 
 # %% ../nbs/05a_sources.ipynb #11fc4bb7
 def _give_back():
@@ -313,9 +319,14 @@ def file(self:OnDisk,
     return block_file(self.out, block.layer)
 
 @patch
-def tensor_list(self:OnDisk):
-    "An empty list for tensors that wait: in a file in `out`; in memory without `out`, and for other devices."
-    return [] if self.out is None or self.device.type != 'cpu' else _DiskList(self.out)
+def collect(self:OnDisk,
+    tensors, # tensors that wait, for example from a generator
+):
+    "A list of them: in a file in `out`; in memory without `out`, and for other devices than the CPU."
+    kept = [] if self.out is None or self.device.type != 'cpu' else _DiskList(self.out)
+    for t in tensors: kept.append(t)
+    _give_back()
+    return kept
 
 # %% ../nbs/05a_sources.ipynb #a1854dc8
 @patch
@@ -323,6 +334,7 @@ def open(self:OnDisk,
     block, # a `Block` of the model
 ):
     "The block with its weights."
+    _give_back()
     prefix = _saved_name(self.model, self.files, f'{block.name}.')
     return fill(self.model.get_submodule(block.name), prefix, self.files, self.device)
 

@@ -141,13 +141,13 @@ def walk(
 
 def _recorded(source, batches):
     "Inputs of the first block, and the calls of all blocks, for each batch."
-    states, calls = source.tensor_list(), []
-    with source.embeddings():
+    calls = []
+    def first_inputs():
         for ids in batches:
             first, others = record_calls(source.model, ids)
-            states.append(first)
             calls.append(others)
-    return states, calls
+            yield first
+    with source.embeddings(): return source.collect(first_inputs()), calls
 
 def _visit(layer, x, args, kw, pairs):
     "Run a block with some modules replaced; None if it was stopped on the way."
@@ -158,30 +158,28 @@ def _visit(layer, x, args, kw, pairs):
 # %% ../nbs/05_walk.ipynb #a3c9a894
 def _inputs(source, module, n, run, pairs):
     "What `module` reads in each of `n` batches; nothing behind it is computed."
-    X, read = source.tensor_list(), source.model.get_submodule(module)
-    def keep_and_stop(x): X.append(x); raise _Stop
-    for i in range(n): run(i, [*pairs(i), (read, keep_and_stop)])
-    return X
+    read = source.model.get_submodule(module)
+    def seen(i):
+        X = []
+        def keep_and_stop(x): X.append(x); raise _Stop
+        run(i, [*pairs(i), (read, keep_and_stop)])
+        return X[0]
+    return source.collect(seen(i) for i in range(n))
 
 def _attention_inputs(source, b, n, run):
     "What the second linear of the attention reads in each of `n` batches, and how many outputs the attention has."
-    X, structure, model = source.tensor_list(), [], source.model
-    out = model.get_submodule(b.out)
+    structure, attention = [], source.model.get_submodule(b.path(b.family.attention))
+    out = source.model.get_submodule(b.out)
     d = weight_of(out).shape[0]
     def stop(m, args, output):
         structure.append(None if isinstance(output, torch.Tensor) else len(output))
         raise _Stop
-    handle = model.get_submodule(b.path(b.family.attention)).register_forward_hook(stop)
-    try:
-        for i in range(n): run(i, [(out, _record_input(d, X))])
-    finally: handle.remove()
-    return X, structure[0]
-
-def _collected(source, tensors, device=None):
-    "A list of the source with these tensors in it."
-    kept = source.tensor_list()
-    for t in tensors: kept.append(t.to(device))
-    return kept
+    def seen(i):
+        X, handle = [], attention.register_forward_hook(stop)
+        try: run(i, [(out, _record_input(d, X))])
+        finally: handle.remove()
+        return X[0]
+    return source.collect(seen(i) for i in range(n)), structure[0]
 
 # %% ../nbs/05_walk.ipynb #a96a03e9
 def _stages(source, b, n, run, firsts, waiting):
@@ -194,7 +192,7 @@ def _stages(source, b, n, run, firsts, waiting):
     X, structure = _attention_inputs(source, b, n, run)
     stage = checked(Stage(b, 'attention', b.out, X))
     yield stage
-    A = _collected(source, (stage.output(model, i) for i in range(n)))
+    A = source.collect(stage.output(model, i) for i in range(n))
     finished = lambda i: [(attention, _stand_in(A[i], structure))]
     # 2. the MLP up to the input of its second linear
     if firsts: yield checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished), 'first'))
@@ -205,7 +203,7 @@ def _stages(source, b, n, run, firsts, waiting):
     def output(i):
         y = stage.output(model, i)
         return run(i, [*finished(i), (second, lambda x: y.view(*x.shape[:-1], y.shape[-1])), *thin])
-    return _collected(source, (output(i) for i in range(n)), waiting)
+    return source.collect(output(i).to(waiting) for i in range(n))
 
 # %% ../nbs/05_walk.ipynb #a5c00007
 def cut(
@@ -236,8 +234,11 @@ def gram(
     parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
     C = torch.zeros(f, f, dtype=torch.float32, device=X[0].device)
     for x in X:
-        x = x.flatten(0, -2).float()                       # (tokens, f)
-        for p in parts: C[p, p.start:] += x[:, p].T @ x[:, p.start:]
+        x = x.flatten(0, -2)                               # (tokens, f)
+        size = f if x.dtype == torch.float32 else 1024     # columns that are converted at a time
+        for p in parts:
+            left, rest = x[:, p].T.float(), slice(p.start, f)
+            for c, y in zip(C[p, rest].split(size, 1), x[:, rest].split(size, 1)): c += left @ y.float()
     for p in parts:                                        # what is below the diagonal is what is above it
         C[p, p] = C[p, p].triu() + C[p, p].triu(1).T
         C[p.stop:, p] = C[p, p.stop:].T
