@@ -173,7 +173,7 @@ def check(root, site):
             text = page_text(books[path.name])
             faults += [f'imports must be in cells of their own: {" ".join(w.split())[:160]}' for w in warned]
             faults += pandoc(text, '-f', 'markdown', '-t', 'html', '--mathml', '--citeproc', f'--bibliography={nbs/"references.bib"}')
-        except yaml.YAMLError: books.pop(path.name)
+        except yaml.YAMLError: books.pop(path.name, None)  # said among the saved faults
         except Exception as e:
             cause = e.__cause__ or e
             faults.append(f'nbdev cannot process it: {" ".join(f"{type(cause).__name__}: {cause} ({e})".split())[:400]}')

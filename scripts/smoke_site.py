@@ -29,7 +29,8 @@ CODE = re.compile(r'(^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\2[`~]*[ \t]*$|`+[^`\n]+`+)',
 XREF = re.compile(r'(?<![\w@])-?@((?:fig|tbl|eq|sec|lst|thm|lem|exm|exr)-[\w-]+)')
 CITATION = re.compile(r'\[[^\[\]]*(?<!\w)@[a-zA-Z]\w*\d{4}\w*[^\[\]]*\]|(?<![\w\[;@-])@[a-zA-Z]\w*\d{4}\w*')
 KNOWN = re.compile(r'unknown key (lang|bibliography|link-citations|respect-user-color-scheme)$|(html-math-method|code-tools) is ignored$'
-                   r'|format\.html\.respect-user-color-scheme is ignored$|(output-file|nocite) is not read by smalldocs$')
+                   r'|format\.html\.respect-user-color-scheme is ignored$|(output-file|nocite) is not read by smalldocs$'
+                   r'|: broken link [^/]')  # of the text of a page, which check_docs.py finds on the built page
 CDN = re.compile(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?')
 MATHJAX = '''<script>window.MathJax = {tex: {packages: {'[-]': ['noundefined', 'noerrors']}}};</script>
 <script defer src="/.site-tools/mathjax/es5/tex-chtml-full.js"></script>'''  # without these packages, bad TeX is an error and not red text
@@ -150,7 +151,8 @@ def build(books, root, site):
         shutil.rmtree(site, ignore_errors=True)
         shutil.copytree(Path(project)/'_docs', site)
     local_math(site)
-    return [w for w in made.warnings if not KNOWN.search(w)]
+    of_menus = lambda w: re.sub(r'^\S+: (broken link /)', r'\1', w)  # each once, and not for every page
+    return list(dict.fromkeys(of_menus(w) for w in made.warnings if not KNOWN.search(w)))
 
 
 def main():
