@@ -73,7 +73,7 @@ docs-check: $(VENV)/.ready-dev site-tools  ## the docs without Quarto: links, Te
 	$(call say,Step docs-check: links and labels and citations and TeX and alt texts and saved outputs (1 min))
 	@$(PY) scripts/check_docs.py
 	$(call say,Step docs-check: every page in a browser; skipped without Chromium (3 min))
-	@$(PY) -m pytest tests/test_site.py -q -rs
+	@SITE=_smoke $(PY) -m pytest tests/test_site.py -q -rs
 
 site-tools:  ## axe-core and MathJax from npm for the browser checks, in .site-tools
 	@if [ -d .site-tools/node_modules/axe-core ] && [ -d .site-tools/node_modules/mathjax ]; then :; \

@@ -102,9 +102,10 @@ def execute(path, mode, seconds=float('inf')):
     start, cells = time.perf_counter(), code_cells(path)
     folders = [str(ROOT/f) for f in ('', 'scripts', 'tests')]
     first = f"__import__('sys').path[:0] = {folders}; __import__('test_notebooks').enter({mode!r})"
-    last = "print(__import__('resource').getrusage(0).ru_maxrss)"
+    last = "print(__import__('prunebook.evaluate').evaluate._lifetime_mark()//2**20)"
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(first), *cells, nbformat.v4.new_code_cell(last)])
-    client = NotebookClient(nb, kernel_name='python3', timeout=None, startup_timeout=300, resources=dict(metadata=dict(path=path.parent)))
+    client = NotebookClient(nb, kernel_name='python3', timeout=None, startup_timeout=300, extra_arguments=['--log-level=ERROR'],
+                            resources=dict(metadata=dict(path=path.parent)))
     with client.setup_kernel(env={**os.environ, **ENV}):
         for i, cell in enumerate(nb.cells[:-1]):
             if i and time.perf_counter() - start > seconds: break
@@ -112,9 +113,7 @@ def execute(path, mode, seconds=float('inf')):
             except (CellExecutionError, DeadKernelError) as e: return f'FAILED\n{e}'
         else: i = len(cells) + 1
         client.execute_cell(nb.cells[-1], len(cells) + 1)
-    unit = 2**20 if sys.platform == 'darwin' else 2**10  # ru_maxrss is in bytes on macOS, in KB on Linux
-    memory = int(nb.cells[-1].outputs[0].text)/unit
-    return f'passed, {memory:.0f} MB' + (f', {i - 1} of {len(cells)} cells run in {seconds:.0f} s' if i <= len(cells) else '')
+    return f'passed, {nb.cells[-1].outputs[0].text.strip()} MB' + (f', {i - 1} of {len(cells)} cells run in {seconds:.0f} s' if i <= len(cells) else '')
 
 
 def arguments(argv):
