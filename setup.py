@@ -46,7 +46,7 @@ setup(
     ],
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=['prunebook', 'prunebook.*']),
-    package_data={'prunebook': ['passages/*.txt', 'figures/*', '*.py.txt']},
+    package_data={'prunebook': ['passages/*.txt', 'figures/*', '*.py.txt', '*.mplstyle']},
     install_requires=words('requirements'),
     extras_require={'dev': words('dev_requirements'), 'eval': words('eval_requirements')},
     entry_points={
