@@ -50,8 +50,8 @@ def _nearest_kronecker(
 @dataclass
 class Factors:
     "Curvature of one linear layer: the Fisher matrix of its weight (out, in) is nearly G ⊗ A."
-    A: torch.Tensor # second moments of the inputs, mean over tokens, (in, in); with a bias, of an input of 1 too
-    G: torch.Tensor # second moments of the summed loss's gradient at the outputs, mean over tokens, (out, out)
+    A: torch.Tensor # second moments of the inputs, mean over tokens, (in, in); a bias adds an input of 1
+    G: torch.Tensor # second moments of the output's gradient of the summed loss, mean over tokens, (out, out)
 
 # %% ../nbs/50_curvature.ipynb #d8a4ee9e
 def input_leaders(
