@@ -603,7 +603,7 @@ def test_the_page_shows_the_marks_of_today():
     sources = [''.join(c['source']) for c in cells]
     page = {}
     for source in sources:
-        if source.startswith(('import ast', 'def faults')): exec(source, page)
+        if source.startswith(('import ast', 'def marks')): exec(source, page)
     shown = [''.join(o['data'].get('text/markdown', '')) for c, s in zip(cells, sources) if 'Markdown(table(' in s for o in c['outputs']]
     rows = [f'| {fault} | {outcome} |' for fault, outcome in page['faults'](tests)]
     assert len(shown) == 1 and shown[0].splitlines()[2:] == rows and len(rows) > 20
