@@ -213,13 +213,5 @@ def damped_inverse(
     M, # a factor, symmetric positive semi-definite, (n, n)
     damp=.01, # ridge, as a fraction of the mean diagonal
 ):
-    """Inverse of M + damp·mean(diag M)·I, float64, (n, n); the identity if `M` is zero.
-    Raises `ValueError` if that is not positive definite."""
-    M = as_double(M)
-    identity = torch.eye(len(M), dtype=M.dtype, device=M.device)
-    if not M.any(): return identity                        # nothing was seen, and nothing adapts
-    L, failed = torch.linalg.cholesky_ex(M + damp*M.diag().mean()*identity)
-    if failed or not L.isfinite().all():
-        raise ValueError(f'A factor of {len(M)} rows, damped by {damp} of its mean diagonal, is not positive '
-                         'definite; choose a larger damp or give more tokens.')
-    return torch.cholesky_inverse(L)
+    "`Ridge.inverse` with a ridge in proportion to the mean."
+    return Ridge(damp).inverse(M)

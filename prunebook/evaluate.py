@@ -223,8 +223,9 @@ def report_table(
     after, # `measure` of the pruned model
 ):
     "The two measurements and their ratio, as a Markdown table followed by a sample of both."
-    pairs = zip(_lines(before), _lines(after))
-    rows = [f'| {label} | {b} | {a} | {va/vb:.2f} |' for (label, vb, b), (_, va, a) in pairs]
+    both = zip(_lines(before), _lines(after))
+    spread = {f'{k}, tokens/s': f'{m:.2f} ({low:.2f} to {high:.2f})' for k, (m, low, high) in (pairs or {}).items()}
+    rows = [f'| {label} | {b} | {a} | {spread.get(label, f"{va/vb:.2f}")} |' for (label, vb, b), (_, va, a) in both]
     table = ['| measure | before | after | ratio |', '|---|---|---|---|', *rows, '']
     d, e = loss_difference(before['perplexity'], after['perplexity'])
     rise = f'The loss rises by {d:.3f} ± {e:.3f} nats per token (paired, {before["windows"]}).'
@@ -232,7 +233,7 @@ def report_table(
     return '\n'.join([*table, rise, '', *[f'> **{name}:** {text}\n' for name, text in samples.items()]])
 
 # %% ../nbs/02_evaluate.ipynb #ff7fba8f
-def _ratios(before, after):
+def _ratios(before, after, pairs=None):
     "Label and ratio of every line of a report, and how far its error reaches below and above."
     rows = []
     error = loss_difference(before['perplexity'], after['perplexity'])[1]
@@ -243,6 +244,9 @@ def _ratios(before, after):
         if label == 'perplexity': below = above = ratio*error
         if label in speeds:
             median, low, high = speeds[label]
+            if pairs:                                      # timed in turn: the ratio has a spread of its own
+                median, low, high = pairs[label.split(',')[0]]
+                ratio = median
             below = ratio*(1 - low/median)
             above = ratio*(high/median - 1)
         rows.append((label, ratio, below, above))
@@ -253,10 +257,11 @@ def plot_report(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
     title='', # printed above
+    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, smallest, largest)
 ):
     "Bars of the pruned model relative to the dense one; returns the figure."
     import matplotlib.pyplot as plt
-    labels, ratio, below, above = zip(*_ratios(before, after))
+    labels, ratio, below, above = zip(*_ratios(before, after, pairs))
     reach = max(r + a for r, a in zip(ratio, above) if math.isfinite(r + a))
     with plt.style.context('prunebook.book'):
         fig, ax = plt.subplots(figsize=(6.5, 2.6))

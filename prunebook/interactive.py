@@ -125,9 +125,6 @@ def _slide(kind, value, low, high, step, label):
     return kind(value=value, min=low, max=high, step=step, continuous_update=False, **looks)
 
 # %% ../nbs/61_interactive.ipynb #4ed5930b
-_LABELS = dict(mlp_channel='MLP channel', kv_group='Key-value group', query_head='Query head',
-               value_channel='Value channel') # kinds of units in words
-
 def _packed(table):
     "An index table as {start, size} if unit u owns start + u*size and what follows, or else as lists."
     start = table[0, 0].item()
@@ -148,8 +145,8 @@ def _last(name): return name.split('.')[-1]
 
 def _kind(model, c, windows):
     "What the explorer shows of one coupling."
-    few = 1 < c.n_units <= 64 and c.kind.endswith(('head', 'group'))
-    found = dict(label=_LABELS[c.kind], units=c.n_units, groups=c.groups, cost=c.cost)
+    few = c.part == 'attention' and 1 < c.n_units <= 64
+    found = dict(label=c.unit.label, units=c.n_units, groups=c.groups, cost=c.cost)
     found['firsts'] = [[_last(n), _packed(t)] for n, t in c.firsts]
     found['second'] = [_last(c.second[0]), _packed(c.second[1])]
     if few and windows is not None: found['rise'] = _rises(model, c, windows.ids)
@@ -163,8 +160,7 @@ def measure_couplings(
 ):
     "Shapes, index tables and costs of the units of one block: a dict of plain values."
     b = anatomy(model)[block]
-    kinds = [k for k in KINDS if k != 'query_head' or b.heads > b.kv_heads]   # else a head is a group
-    units = {k: _kind(model, couplings(model, k)[block], windows) for k in kinds}
+    units = {k: _kind(model, couplings(model, k)[block], windows) for k in kinds_of(model)}
     inside = {n: m for n, m in decoder_linears(model).items() if n.startswith(b.name + '.')}
     mlp = {b.mlp_second, *map(b.path, b.family.mlp_firsts)}
     def module(n, m):

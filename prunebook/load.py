@@ -74,7 +74,7 @@ def _check_layout(
     _check_linears(modules, layout['linears'])
     for name, values in layout['attributes'].items():
         for key, value in values.items():
-            if not (name in modules and _size(value) and _size(getattr(modules[name], key, 0))):
+            if not (name in modules and _size(value) and _size(get_attribute(modules[name], key, 0))):
                 raise ValueError(f'the layout sets {key} of {name} to {value!r}, '
                                  'which is no number of that module')
     for name, values in layout['values'].items():

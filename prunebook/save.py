@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, family_of, narrow_values, unwrapped, weight_of
-from .couplings import FullHeads, NarrowValues, _empty_narrow, narrow_class  # of the modelling file
-from .couplings import pad_heads, unpad_heads
+from .couplings import FullHeads, NarrowValues, OwnConfig, _empty_narrow, narrow_class   # of the modelling file
+from .couplings import pad_heads, set_attribute, unpad_heads
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device
 from .models import leftovers, readable, reserved, write_manifest
@@ -149,7 +149,7 @@ Pruned{base} = pruned_class({base})
 
 # %% ../nbs/60_save.ipynb #2428fb79
 _PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values,
-          _give_layout, check_loaded, pruned_class) # what it holds
+          OwnConfig, set_attribute, _give_layout, check_loaded, pruned_class) # what it holds
 
 def _modeling_source(
     model, # a pruned causal language model
