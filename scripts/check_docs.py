@@ -189,6 +189,7 @@ def main():
     parser.add_argument('site', nargs='?', type=Path, help='folder to build into')
     parser.add_argument('--root', type=Path, default=ROOT, help='project folder')
     args = parser.parse_args()
+    if sys.version_info < (3, 11): return print('Skipped: the documentation is checked with Python 3.11 or later')
     root = args.root.resolve()
     site = (args.site or root/'_smoke').resolve()
     os.chdir(root)  # nbdev looks for settings.ini from here
