@@ -57,14 +57,14 @@ def context(model, windows, method, source=None, **settings):
 
 def riding(model, source, ids, trials):
     "Divergence for each trial, by name of the second linear."
-    riders = _Riders(source.model, ids)
+    riders = _Riders(source, ids)
     for b in anatomy(source.model):
         layer = source.open(b)
         riders.step(layer, b.layer)
         for layer_index, second, W in trials:
             if layer_index == b.layer: riders.start(second, source.model.get_submodule(second), W)
         source.close(b, False)
-    return riders.divergences(source)
+    return riders.divergences()
 
 
 @pytest.mark.parametrize('family', FAMILIES)
