@@ -88,6 +88,16 @@ ZEROING = dict(elements=_zero_elements, structures=_zero_structures) # ways to z
 _HOMES = dict(elements='prunebook.elements', structures='prunebook.surgeon') # where their functions live
 _SCORES = ('magnitude', 'wanda', 'inputs', 'curvature', 'shots')
 
+def _settings_of(name, score=None):
+    "Names of the settings of a way to zero weights."
+    from prunebook.elements import sparsify_elements, sparsify_shots
+    from prunebook.surgeon import zero_structures
+    functions = dict(structures=zero_structures, shots=sparsify_shots, inputs=sparsify_elements, curvature=sparsify_elements)
+    f = functions.get(name if name == 'structures' else score)
+    given = ('model', 'windows', 'sparsity', 'n', 'm', 'factors', 'report', 'state') # not by a grid
+    own = [n for n in inspect.signature(f).parameters if n not in given] if f else []
+    return own + dict(curvature=['score', 'm', 'gradients']).get(score, ['score', 'm'])*(name == 'elements')
+
 @dataclass
 class Zeroing:
     "A way to zero weights, called like a method. Raises `ValueError` for settings its function does not have."
@@ -95,11 +105,12 @@ class Zeroing:
     settings: dict # of its function
 
     def __post_init__(self):
-        try: inspect.signature(ZEROING[self.name]).bind(None, None, .5, **self.settings)
-        except TypeError as e:
-            raise ValueError(f'{self.name}: {e}; it has the settings of its function.') from e
-        if self.name == 'elements' and self.settings['score'] not in _SCORES:
-            raise ValueError(f'score is {self.settings["score"]!r}; it is one of {", ".join(_SCORES)}.')
+        score = self.settings.get('score')
+        if self.name == 'elements' and score not in _SCORES:
+            raise ValueError(f'score is {score!r}; it is one of {", ".join(_SCORES)}.')
+        known = _settings_of(self.name, score)
+        if unknown := sorted({*self.settings} - {*known}):
+            raise ValueError(f'{self.name} has no setting {", ".join(unknown)}; it has {", ".join(known)}.')
 
     def prune(self,
         model, # dense model; weights are zeroed in place
@@ -129,7 +140,7 @@ def _check_windows(where, w):
 def _check_evaluation(where, found):
     "Raises `ValueError` unless `found` is a list of windows, each of another text."
     for w in found: _check_windows(f'{where}: evaluation', w)
-    if len({w['text'] for w in found}) < len(found):
+    if len({portable(w['text']) for w in found}) < len(found):
         raise ValueError(f'{where}: evaluation names a text twice.')
 
 def _check_entries(where, found, known):
@@ -278,7 +289,7 @@ def run_cell(
     "Measure one cell in this process; its `Record`."
     model, tokenizer = load_model(cell.model)
     cut = lambda w, **kw: load_windows(w['text'], model, tokenizer, w['n'], w['seqlen'], **kw)
-    texts = {w['text']: cut(w, evaluation=True) for w in cell.evaluation}
+    texts = {portable(w['text']): cut(w, evaluation=True) for w in cell.evaluation}
     before = State.of(model, tokenizer, texts)
     if cell.method == 'dense':
         where = dict(versions=_versions(), machine=machine(model), model_fingerprint=model_fingerprint(model))
