@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'rounded', 'strict_json', 'portable', 'Record', 'on_text', 'about']
+           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about']
 
 # %% ../nbs/65_record.ipynb #r65c0004
 import json
@@ -224,7 +224,7 @@ def _significant(x, digits):
     if isinstance(x, (list, tuple)): return [_significant(v, digits) for v in x]
     return float(f'{x:.{digits}g}') if isinstance(x, float) else x
 
-def rounded(
+def _rounded(
     entries, # entries of a record, plain values
 ):
     "The same entries; figures have the digits that they mean."
@@ -314,7 +314,7 @@ def of(cls:Record,
 @patched
 def text(self:Record):
     "What its file holds."
-    return strict_json(rounded({k: v for k, v in asdict(self).items() if v is not None})) + '\n'
+    return strict_json(_rounded({k: v for k, v in asdict(self).items() if v is not None})) + '\n'
 
 @patched(cls_method=True)
 def read(cls:Record,
