@@ -326,6 +326,7 @@ def collect(self:OnDisk,
     tensors, # tensors that wait, for example from a generator
 ):
     "A list of them: in a file in `out`; in memory without `out`, and for other devices than the CPU."
+    _give_back()
     kept = [] if self.out is None or self.device.type != 'cpu' else _DiskList(self.out)
     for t in tensors: kept.append(t)
     _give_back()

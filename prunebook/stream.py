@@ -228,7 +228,10 @@ def visits(
     settings = dict(batch_size=ctx.run.batch_size, desc=desc, firsts=needs.firsts)
     for stage, goal in _stages(ctx, needs, settings, dense):
         c = place.get((stage.layer, stage.part))
-        if c is not None or needs.everywhere: yield Visit(ctx, c, stage, _goal(stage, goal))
+        if c is None and not needs.everywhere: continue
+        v = Visit(ctx, c, stage, _goal(stage, goal))
+        yield v
+        v.__dict__.pop('gram', None)                       # the caller holds the visit until the next one comes
 
 def _goal(stage, goal):
     "Outputs of the dense model at a second level; its stage at a first level."
