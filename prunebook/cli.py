@@ -106,26 +106,33 @@ def cmd_prune(
     force:store_true=False, # replace the output folder if it is one of ours
     json:store_true=False, # print the result as JSON
     trust_remote_code:store_true=False, # run code that comes with the model
+    batch_size:int=8, # windows in a forward pass
+    log:str=None, # file that keeps what was measured, so that an interrupted run goes on, and another sparsity need not measure it again
+    lean:store_true=False, # less memory for more time
     stream:store_true=False, # the model is a folder, of which one block is in memory at a time
     resume:store_true=False, # with --stream: go on with an interrupted run
 ):
     "Make a smaller model and save it with its plan (and, with --report, a report and its plot)."
+    from dataclasses import replace
+    from prunebook.models import default_device
     if out is None: raise ValueError('Name the folder to make with --out.')
     if not 0 <= sparsity < 1:
         raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
+    run = _run_of(batch_size, log, lean)
     method, bos = _method(method, settings), _bos(bos)
     if resume and not stream:
-        raise ValueError('--resume goes on with a run of --stream; other runs keep their progress in the settings log and state.')
+        raise ValueError('--resume goes on with a run of --stream; other runs keep their progress in the file of --log.')
     if stream:
         if report:
             raise ValueError('--report measures the model in memory; leave it out with --stream, and use prunebook eval afterwards.')
         text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=bos)
-        shown = _streamed(model, out, method, sparsity, text, device, dtype, resume, force, json) if _is_first() else ''
+        run = replace(run, device=str(device or default_device()), dtype=_dtype(dtype, device), out=out, resume=resume, overwrite=force)
+        shown = _streamed(model, method, sparsity, text, run, json) if _is_first() else ''
         return print(shown) if _is_first() else None
     with _place(out, model, sparsity, device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust_remote_code)
         calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n, bos)
-        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, sparsity, report)
+        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, sparsity, report, run)
         shown = _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, **took), states)
     if _is_first(): print(shown)
 
