@@ -414,9 +414,9 @@ def compare(
     differs, share = [], (_at(old, 'true_sparsity'), _at(new, 'true_sparsity'))
     if _far(*share, .005): differs.append(f'true sparsity {share[1]} instead of {share[0]}')
     if _at(old, 'cell', 'evaluation') == []: return differs          # only time and memory
-    today = _by_text(new)
-    for text, then in _by_text(old).items():
-        value, error = (_at(then, 'perplexity', 'after', k) for k in ('value', 'stderr'))
+    then, today = _by_text(old), _by_text(new)
+    for text in {**then, **today}:
+        value, error = (_at(then.get(text), 'perplexity', 'after', k) for k in ('value', 'stderr'))
         now = _at(today.get(text), 'perplexity', 'after', 'value')
         if _far(value, now, 0 if error is None else error):
             differs.append(f'perplexity on {text} {now} instead of {value} ± {error}')
