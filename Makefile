@@ -19,8 +19,8 @@ DEMO := demo/smollm2-135m-fasp-0.2
 say   = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test check-export check-clean check-readme docs-check bench-check \
-        test-notebooks test-unit selfcheck gpu site-tools sync readme docs clean distclean
+.PHONY: help install install-dev demo test check-sync docs-check bench-check \
+        test-notebooks test-unit selfcheck gpu site-tools sync docs clean distclean
 
 help:  ## this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -59,30 +59,21 @@ demo: $(VENV)/.ready  ## prune SmolLM2-135M by 20 % with FASP and report what it
 
 # ---- tests: `make test` runs the steps below in this order and stops at the first that fails ----------------------------
 
-STEPS := check-export check-clean check-readme docs-check bench-check test-notebooks test-unit
+STEPS := check-sync docs-check bench-check test-notebooks test-unit
 
 test: $(VENV)/.ready-dev  ## every check below; stops at the first that fails
 	@for step in $(STEPS); do $(MAKE) --no-print-directory $$step || { printf '\n==> FAILED: %s\n' $$step; exit 1; }; done
 	$(call say,All checks passed)
 
-check-export: $(VENV)/.ready-dev  ## is prunebook/ what the notebooks export?
-	$(call say,Step check-export: is prunebook/ in step with the notebooks? (2 s))
-	@$(PY) scripts/check_sync.py export
-
-check-clean: $(VENV)/.ready-dev  ## are the notebooks clean?
-	$(call say,Step check-clean: are the notebooks clean? (2 s))
-	@$(PY) scripts/check_sync.py clean
-
-check-readme: $(VENV)/.ready-dev  ## is README.md what nbs/index.ipynb gives?
-	$(call say,Step check-readme: is README.md in step with nbs/index.ipynb? (1 s))
-	@$(PY) scripts/make_readme.py --check
+check-sync: $(VENV)/.ready-dev  ## is prunebook/ what the notebooks export, and are they clean?
+	$(call say,Step check-sync: are the notebooks clean and prunebook/ in step with them? (5 s))
+	@PATH="$(abspath $(VENV)/bin):$$PATH" scripts/check_sync.sh
 
 docs-check: $(VENV)/.ready-dev site-tools  ## the docs without Quarto: links, TeX, outputs, and every page in a browser
-	$(call say,Step docs-check: generated pages and links and labels and citations and TeX and alt texts (1 min))
-	@$(PY) scripts/make_pages.py --check
-	@$(PY) scripts/check_docs.py --alt
+	$(call say,Step docs-check: links and labels and citations and TeX and alt texts and saved outputs (1 min))
+	@$(PY) scripts/check_docs.py
 	$(call say,Step docs-check: every page in a browser; skipped without Chromium (3 min))
-	@$(PY) -m pytest tests/test_site.py -q -rs
+	@SITE=_smoke $(PY) -m pytest tests/test_site.py -q -rs
 
 site-tools:  ## axe-core and MathJax from npm for the browser checks, in .site-tools
 	@if [ -d .site-tools/node_modules/axe-core ] && [ -d .site-tools/node_modules/mathjax ]; then :; \
@@ -114,24 +105,18 @@ gpu: $(VENV)/.ready  ## measure on a CUDA GPU into results/gpu, at most 8 min a 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
 
-sync: $(VENV)/.ready-dev  ## export and clean the notebooks, write README.md and the generated pages
-	$(call say,Exporting and cleaning the notebooks and writing README.md and the generated pages (5 s))
+sync: $(VENV)/.ready-dev  ## export and clean the notebooks
+	$(call say,Exporting and cleaning the notebooks (5 s))
 	@$(VENV)/bin/nbdev_export
-	@$(PY) scripts/make_pages.py
 	@$(VENV)/bin/nbdev_clean
-	@$(PY) scripts/make_readme.py
 
-readme:  ## write README.md from nbs/index.ipynb
-	$(call say,Writing README.md (1 s))
-	@$(PYTHON) scripts/make_readme.py
-
-docs: $(VENV)/.ready-dev  ## build the site into _docs/ (needs Quarto 1.7+)
+docs: $(VENV)/.ready-dev  ## build the site into _docs/ (needs Quarto 1.9+)
 	$(call say,Building the site with Quarto (a few minutes))
 	@PATH="$(abspath $(VENV)/bin):$$PATH" scripts/build_docs.sh
 
 clean:  ## delete what builds, tests and the demo leave behind
 	$(call say,Deleting generated files (not $(VENV): make distclean))
-	@rm -rf _proc _docs _smoke build dist demo .pytest_cache .hypothesis nbs/nbdev.yml nbs/.last_checked
+	@rm -rf _proc _docs _smoke build dist demo .pytest_cache .hypothesis nbs/nbdev.yml nbs/api.ipynb nbs/.last_checked
 	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
 
 distclean: clean  ## clean, and delete .venv and .site-tools

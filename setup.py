@@ -21,7 +21,7 @@ def words(key):
 
 
 def long_description():
-    "README.md, which is generated from nbs/index.ipynb."
+    "The text of README.md."
     readme = root/'README.md'
     return readme.read_text(encoding='utf-8') if readme.exists() else cfg['description']
 

@@ -101,6 +101,7 @@ class Family:
     attributes: tuple = (('num_key_value_groups', lambda b: b.heads//b.kv_heads),) # attributes of the attention module to keep in step
     layout: Separate = None # how q, k and v lie in `qkv`; by default `Separate` for three linears and `Fused` for one
     mlp_parts: int = 1 # matrices of as many rows as there are channels, one above the other, in each of `mlp_firsts`
+    heads_stay: bool = False # the model itself numbers the heads of all blocks, as for ALiBi
 
     def __post_init__(self):
         if self.layout is None: object.__setattr__(self, 'layout', Separate() if len(self.qkv) == 3 else Fused())
@@ -285,6 +286,7 @@ class MLPChannel(Unit):
 class AttentionUnit(Unit):
     "What kinds of units in attention have in common."
     part = 'attention'
+    whole_heads = True # whether a block has fewer heads without it
 
     def groups(self, b): return b.kv_heads
 
@@ -294,6 +296,8 @@ class AttentionUnit(Unit):
         if f.layout.rows is None:
             return (f'{f.qkv[0]} holds q, k and v, and its adapter does not say in which order; {self.name} cannot be cut from it. '
                     'Prune mlp_channel only, or give the Family its layout, for example Stacked() or Interleaved().')
+        if f.heads_stay and self.whole_heads:
+            return f'The heads of this family must stay: the model numbers them for all blocks alike. {self.name} cannot be cut; value_channel can.'
 
     def refresh(self, model, b): refresh_attention(model, b)
 
@@ -322,7 +326,8 @@ class QueryHead(AttentionUnit):
 
 class ValueChannel(AttentionUnit):
     "A channel of a value head; all query heads of the group read it."
-    name, label, turns = 'value_channel', 'Value channel', True
+    name, label = 'value_channel', 'Value channel'
+    turns, whole_heads = True, False
     def left(self, b, n): return replace(b, value_dim=n//b.kv_heads)
 
     def firsts(self, b):

@@ -44,10 +44,15 @@ class Perplexity:
 
     @property
     def value(self): return self.losses.mean().exp().item()
+
     @property
-    def stderr(self): return self.value*self.losses.std().item()/math.sqrt(len(self.losses)) if len(self.losses) > 1 else float('nan')
+    def stderr(self):
+        n = len(self.losses)
+        return self.value*self.losses.std().item()/math.sqrt(n) if n > 1 else float('nan')
+
     def __repr__(self): return f'{self.value:.2f} ± {self.stderr:.2f}'
 
+# %% ../nbs/02_evaluate.ipynb #9f93bdda
 def perplexity(
     model, # a causal language model
     windows, # `Windows` to evaluate on; not those it was calibrated on
@@ -61,10 +66,13 @@ def loss_difference(
     before, # `Perplexity` of one model
     after, # `Perplexity` of another on the same windows
 ):
-    "Mean increase in loss from `before` to `after`, in nats per token, and its standard error, paired by window."
-    if len(before.losses) != len(after.losses): raise ValueError(f'{len(before.losses)} and {len(after.losses)} windows cannot be paired; evaluate both models on the same ones.')
+    "Mean increase in loss, in nats per token, and its standard error, paired by window."
+    n = len(before.losses)
+    if n != len(after.losses):
+        raise ValueError(f'{n} and {len(after.losses)} windows cannot be paired; '
+                         'evaluate both models on the same ones.')
     d = after.losses - before.losses
-    return d.mean().item(), d.std().item()/math.sqrt(len(d)) if len(d) > 1 else float('nan')
+    return d.mean().item(), d.std().item()/math.sqrt(n) if n > 1 else float('nan')
 
 # %% ../nbs/02_evaluate.ipynb #69cd036e
 def weight_bytes(
@@ -77,32 +85,39 @@ def weight_bytes(
 # %% ../nbs/02_evaluate.ipynb #5e594ca2
 def _resident(key):
     "A line of /proc/self/status in bytes."
-    with open('/proc/self/status', encoding='utf-8') as f: return int(re.search(rf'{key}:\s+(\d+)', f.read())[1])*1024
+    with open('/proc/self/status', encoding='utf-8') as f: status = f.read()
+    return int(re.search(rf'{key}:\s+(\d+)', status)[1])*1024
 
 def _reset_mark():
     "Set the mark of Linux back to what the process holds now; the bytes it holds."
     try:
-        ctypes.CDLL(None).malloc_trim(0)                   # give back what earlier work has freed, so that it is not reused unseen
+        ctypes.CDLL(None).malloc_trim(0)                   # give back what earlier work has freed
         with open('/proc/self/clear_refs', 'w', encoding='utf-8') as f: f.write('5')
-    except (OSError, AttributeError): pass                 # not permitted: the peak is then that of the whole process
+    except (OSError, AttributeError): pass                 # not permitted: the mark stays
     return _resident('VmRSS')
 
+# %% ../nbs/02_evaluate.ipynb #ab253b4a
 def _lifetime_mark():
     "Most bytes the process ever held, on a system without a mark that can be reset."
     memory = psutil.Process().memory_info()
-    if hasattr(memory, 'peak_wset'): return memory.peak_wset                                  # Windows
-    import resource                                                                           # Windows has none
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    if hasattr(memory, 'peak_wset'): return memory.peak_wset    # Windows
+    import resource                                        # Windows has none
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
 
 # %% ../nbs/02_evaluate.ipynb #15708650
 @contextmanager
 def peak_memory(
-    device='cpu', # where the work runs
+    device='cpu', # where the work runs; on a CPU the memory of the process is measured
 ):
-    "Context manager that yields a dict and fills in `peak` and `extra`: bytes at the peak, and above the start. Process memory on a CPU."
-    r, cuda, linux = {}, torch.device(device).type == 'cuda', os.path.exists('/proc/self/clear_refs')
-    if cuda: torch.cuda.reset_peak_memory_stats(device); start = torch.cuda.memory_allocated(device)
+    "Context manager that yields a dict and fills in `peak` and `extra`: bytes at it, and above the start."
+    cuda = torch.device(device).type == 'cuda'
+    linux = os.path.exists('/proc/self/clear_refs')
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
     else: start = _reset_mark() if linux else psutil.Process().memory_info().rss
+    r = {}
     yield r
     if cuda: r['peak'] = torch.cuda.max_memory_allocated(device)
     else: r['peak'] = _resident('VmHWM') if linux else _lifetime_mark()
@@ -112,7 +127,7 @@ def peak_memory(
 def counted_flops(
     run, # function without arguments that does the work
 ):
-    "Floating point operations of the matrix products in `run()`, attention included; the same on every device."
+    "Floating point operations of the matrix products in `run()`, attention included; equal on every device."
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: run()
     return counter.get_total_flops()
 
@@ -122,7 +137,10 @@ def _timed(f, device):
     def sync():
         if device.type == 'cuda': torch.cuda.synchronize(device)
         if device.type == 'mps': torch.mps.synchronize()
-    sync(); start = time.perf_counter(); f(); sync()
+    sync()
+    start = time.perf_counter()
+    f()
+    sync()
     return time.perf_counter() - start
 
 # %% ../nbs/02_evaluate.ipynb #bdcd8995
@@ -135,16 +153,21 @@ def speed(
     repeats=5, # timed runs, after one that is not
 ):
     "Tokens per second of prefill and decode: dict of name -> (median, smallest, largest)."
-    prompt = min(prompt, (getattr(model.config, 'max_position_embeddings', None) or prompt + new*(repeats + 1)) - new)
-    ids = torch.randint(0, model.config.vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    config = model.config
+    positions = getattr(config, 'max_position_embeddings', None) or prompt + new*(repeats + 1)
+    prompt = min(prompt, positions - new)
+    gen = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (batch_size, prompt), generator=gen).to(model.device)
+    state = {}
     def prefill(): state['past'] = _past(model(ids, use_cache=True, logits_to_keep=1))
     def decode():
         for _ in range(new): model(ids[:, :1], **state['past'], use_cache=True)
-    state, seconds = {}, {'prefill': [], 'decode': []}
+    seconds = dict(prefill=[], decode=[])
     for _ in range(repeats + 1):
         seconds['prefill'].append(_timed(prefill, model.device))
         seconds['decode'].append(_timed(decode, model.device))
-    rates = {k: sorted(n*batch_size/s for s in seconds[k][1:]) for k, n in [('prefill', prompt), ('decode', new)]}
+    tokens = dict(prefill=prompt, decode=new)
+    rates = {k: sorted(tokens[k]*batch_size/s for s in seconds[k][1:]) for k in tokens}
     return {k: (statistics.median(v), v[0], v[-1]) for k, v in rates.items()}
 
 # %% ../nbs/02_evaluate.ipynb #220eafcb
@@ -158,11 +181,14 @@ def continuation(
     "The prompt and what the model writes after it, token by token the likeliest."
     text = tokenizer(prompt, return_tensors='pt').to(model.device)
     read = text['input_ids'].shape[1]
-    new = min(new, (getattr(model.config, 'max_position_embeddings', None) or read + new) - read)
+    positions = getattr(model.config, 'max_position_embeddings', None) or read + new
+    new = min(new, positions - read)
     if new < 1: return prompt                              # the model has no positions for more
-    out = model.generate(**text, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id or tokenizer.eos_token_id
+    out = model.generate(**text, max_new_tokens=new, do_sample=False, pad_token_id=pad)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
+# %% ../nbs/02_evaluate.ipynb #8c0c88b3
 def measure(
     model, # a causal language model
     tokenizer, # its tokenizer
@@ -171,32 +197,62 @@ def measure(
     new=40, # tokens of that sample
 ):
     "Everything a report shows of one model: perplexity, parameters, bytes, speed and a greedy sample."
-    return dict(perplexity=perplexity(model, windows), parameters=n_parameters([model]), linear_parameters=n_parameters(decoder_linears(model).values()),
-                bytes=weight_bytes(model), speed=speed(model), sample=continuation(model, tokenizer, prompt, new), windows=repr(windows))
+    return dict(
+        perplexity=perplexity(model, windows),
+        parameters=n_parameters([model]),
+        linear_parameters=n_parameters(decoder_linears(model).values()),
+        bytes=weight_bytes(model),
+        speed=speed(model),
+        sample=continuation(model, tokenizer, prompt, new),
+        windows=repr(windows))
 
 # %% ../nbs/02_evaluate.ipynb #340655ae
 def _lines(m):
     "Rows of a report of one measurement: label, number, what to print."
     p = m['perplexity']
-    return [('perplexity', p.value, repr(p)), ('parameters', m['parameters'], f'{m["parameters"]/1e6:.2f} M'),
-            ('in decoder linears', m['linear_parameters'], f'{m["linear_parameters"]/1e6:.2f} M'), ('weights in memory', m['bytes'], f'{m["bytes"]/2**20:.0f} MiB'),
-            *[(f'{k}, tokens/s', v[0], f'{v[0]:.0f} ({v[1]:.0f} to {v[2]:.0f})') for k, v in m['speed'].items()]]
+    rows = [('perplexity', p.value, repr(p)),
+            ('parameters', m['parameters'], f'{m["parameters"]/1e6:.2f} M'),
+            ('in decoder linears', m['linear_parameters'], f'{m["linear_parameters"]/1e6:.2f} M'),
+            ('weights in memory', m['bytes'], f'{m["bytes"]/2**20:.0f} MiB')]
+    for k, (median, low, high) in m['speed'].items():
+        rows.append((f'{k}, tokens/s', median, f'{median:.0f} ({low:.0f} to {high:.0f})'))
+    return rows
 
 def report_table(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
-    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, smallest, largest)
 ):
     "The two measurements and their ratio, as a Markdown table followed by a sample of both."
+    both = zip(_lines(before), _lines(after))
     spread = {f'{k}, tokens/s': f'{m:.2f} ({low:.2f} to {high:.2f})' for k, (m, low, high) in (pairs or {}).items()}
-    lines = [(label, b, a, f'{va/vb:.2f}') for (label, vb, b), (_, va, a) in zip(_lines(before), _lines(after))]
-    rows = [f'| {label} | {b} | {a} | {spread.get(label, ratio)} |' for label, b, a, ratio in lines]
+    rows = [f'| {label} | {b} | {a} | {spread.get(label, f"{va/vb:.2f}")} |' for (label, vb, b), (_, va, a) in both]
+    table = ['| measure | before | after | ratio |', '|---|---|---|---|', *rows, '']
     d, e = loss_difference(before['perplexity'], after['perplexity'])
-    return '\n'.join(['| measure | before | after | ratio |', '|---|---|---|---|', *rows, '',
-                      f'The loss rises by {d:.3f} ± {e:.3f} nats per token (paired, {before["windows"]}).', '',
-                      *[f'> **{name}:** {" ".join(m["sample"].split())}\n' for name, m in [('before', before), ('after', after)]]])
+    rise = f'The loss rises by {d:.3f} ± {e:.3f} nats per token (paired, {before["windows"]}).'
+    samples = {name: ' '.join(m['sample'].split()) for name, m in dict(before=before, after=after).items()}
+    return '\n'.join([*table, rise, '', *[f'> **{name}:** {text}\n' for name, text in samples.items()]])
 
 # %% ../nbs/02_evaluate.ipynb #ff7fba8f
+def _ratios(before, after, pairs=None):
+    "Label and ratio of every line of a report, and how far its error reaches below and above."
+    rows = []
+    error = loss_difference(before['perplexity'], after['perplexity'])[1]
+    speeds = {f'{k}, tokens/s': v for k, v in after['speed'].items()}
+    for (label, b, _), (_, a, _) in zip(_lines(before), _lines(after)):
+        ratio = a/b
+        below = above = 0
+        if label == 'perplexity': below = above = ratio*error
+        if label in speeds:
+            median, low, high = speeds[label]
+            if pairs:                                      # timed in turn: the ratio has a spread of its own
+                median, low, high = pairs[label.split(',')[0]]
+                ratio = median
+            below = ratio*(1 - low/median)
+            above = ratio*(high/median - 1)
+        rows.append((label, ratio, below, above))
+    return rows
+
+# %% ../nbs/02_evaluate.ipynb #9c44774f
 def plot_report(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
@@ -205,20 +261,16 @@ def plot_report(
 ):
     "Bars of the pruned model relative to the dense one; returns the figure."
     import matplotlib.pyplot as plt
-    b, a = _lines(before), _lines(after)
-    ratio = [y[1]/x[1] for x, y in zip(b, a)]
-    err = [[0]*len(b), [0]*len(b)]
-    err[0][0] = err[1][0] = ratio[0]*loss_difference(before['perplexity'], after['perplexity'])[1]
-    for i, k in enumerate(after['speed'], start=len(b) - 2):
-        median, low, high = pairs[k] if pairs else after['speed'][k]
-        ratio[i] = median if pairs else ratio[i]
-        err[0][i], err[1][i] = ratio[i]*(1 - low/median), ratio[i]*(high/median - 1)
-    fig, ax = plt.subplots(figsize=(6.5, 2.6))
-    bars = ax.barh([x[0] for x in b], ratio, xerr=err, color=['#cc6677', *['#4477aa']*(len(b) - 3), '#228833', '#228833'], capsize=3)
-    ax.bar_label(bars, [f'{r:.2f}' for r in ratio], padding=6)
-    ax.axvline(1, color='grey', ls=':'); ax.invert_yaxis()
-    ax.set(xlabel='after / before', title=title, xlim=(0, 1.25*max(r + e for r, e in zip(ratio, err[1]) if math.isfinite(r + e)))); ax.spines[['top', 'right']].set_visible(False)
-    fig.tight_layout()
+    labels, ratio, below, above = zip(*_ratios(before, after, pairs))
+    reach = max(r + a for r, a in zip(ratio, above) if math.isfinite(r + a))
+    with plt.style.context('prunebook.book'):
+        fig, ax = plt.subplots(figsize=(6.5, 2.6))
+        colors = ['C1', *['C0']*(len(labels) - 3), 'C2', 'C2']
+        bars = ax.barh(labels, ratio, xerr=[below, above], color=colors)
+        ax.bar_label(bars, [f'{r:.2f}' for r in ratio], padding=6)
+        ax.axvline(1, color='grey', ls=':')
+        ax.invert_yaxis()
+        ax.set(xlabel='after / before', title=title, xlim=(0, 1.25*reach))
     return fig
 
 # %% ../nbs/02_evaluate.ipynb #62ff0a76
@@ -230,13 +282,15 @@ def zero_shot(
     limit=None, # examples per task; all by default
     batch_size=8, # requests in a forward pass
 ):
-    "Results of `lm_eval` tasks: dict of task -> metric -> value. Raises `ImportError` without the extra `eval`."
+    "Results of `lm_eval` tasks: task -> metric -> value. Raises `ImportError` without the extra `eval`."
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError as e: raise ImportError('Zero-shot tasks need lm_eval: pip install "prunebook[eval]"') from e
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bool(beginning(tokenizer)))
+    except ImportError as e:
+        raise ImportError('Zero-shot tasks need lm_eval: pip install "prunebook[eval]"') from e
+    bos = bool(beginning(tokenizer))
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
     manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     r = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)

@@ -14,12 +14,12 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from .couplings import anatomy
-from .curvature import curvature, damped_inverse
+from .curvature import curvature
 from .fasp import column_scores, fasp_work
 from .methods import Method, Needs, setting
-from .plan import bundles, check_numbers, check_type, global_steps, keep_after, model_fingerprint, write_atomic
-from .repair import Ridge, as_double
-from .stream import column_basis
+from .plan import bundles, check_numbers, check_type, global_steps, keep_after, write_atomic
+from .repair import as_double
+from .stream import column_basis, run_key
 from .surgeon import remove_rows, row_costs
 from .text import Windows
 from .walk import logits_after, record_calls, replaced, through
@@ -45,15 +45,16 @@ def _emptied(
     E[:, keep] = new.to(W)
     return E
 
-# %% ../nbs/70_recipe.ipynb #r3b42926
+# %% ../nbs/70_recipe.ipynb #r8946966
 class _Riders:
-    "Models that differ from the dense one in one second linear; they ride along with a walk, and only their states are kept."
+    "Models that differ from the dense one in one second linear; of each, only the states are kept."
     def __init__(self,
-        model, # the dense model; what is outside of its blocks is in memory
+        source, # source of the dense model's blocks
         ids, # one batch of token ids, (batch, seqlen)
     ):
-        first, self.calls = record_calls(model, ids)
-        self.ids, self.states = ids, {None: first}         # None is the dense model
+        with source.embeddings(): first, self.calls = record_calls(source.model, ids)
+        self.source, self.ids = source, ids
+        self.keys, self.states = [], source.collect([first])   # the first is the dense model
 
     def step(self,
         layer, # module of a block that is open
@@ -61,8 +62,8 @@ class _Riders:
     ):
         "All of them run through a block."
         self.run = lambda x: through(layer, x, self.calls[index])
-        self.before = self.states[None]
-        for key, x in self.states.items(): self.states[key] = self.run(x)
+        self.before, before = self.states[0], self.states
+        self.states = self.source.collect(self.run(before[i]) for i in range(len(before)))
 
     def start(self,
         key, # what the new one is called
@@ -71,24 +72,21 @@ class _Riders:
     ):
         "One more rides along from here."
         change = lambda x: F.linear(x, W, linear.bias)
-        with replaced([(linear, change)]): self.states[key] = self.run(self.before)
+        with replaced([(linear, change)]): self.states.append(self.run(self.before))
+        self.keys.append(key)
 
-# %% ../nbs/70_recipe.ipynb #rb4f41f9
+# %% ../nbs/70_recipe.ipynb #rf4a32ae
 @patch
-def divergences(self:_Riders,
-    source, # source of the dense model's blocks
-):
-    "Divergence of each from the dense model, by key (eq. divergence). Raises `ValueError` for one that is not finite."
-    with source.ends():
-        logits = lambda state: logits_after(source.model, self.ids, state).float()
-        reference = F.log_softmax(logits(self.states.pop(None)), -1)
-        found = {}
-        for key, state in self.states.items():
-            found[key] = _divergence(logits(state), reference)
-            check_numbers(torch.tensor(found[key]), f'divergence of {key}', state.dtype)
+def divergences(self:_Riders):
+    "Divergence of each from the dense model, by key (eq. divergence)."
+    model, found = self.source.model, {}
+    with self.source.ends():
+        logits = lambda i: logits_after(model, self.ids, self.states[i]).float()
+        reference = F.log_softmax(logits(0), -1)
+        for i, key in enumerate(self.keys, 1): found[key] = _divergence(logits(i), reference)
     return found
 
-# %% ../nbs/70_recipe.ipynb #r2fa7ad8
+# %% ../nbs/70_recipe.ipynb #r1dbb242
 def _cost_curve(
     n, # units of the block
     points, # probes: ascending pairs of units that left and divergence
@@ -96,7 +94,7 @@ def _cost_curve(
     "Divergence when 0, 1, ... n units have left and all others are whole (eq. power), float64, (n + 1,)."
     x, y = torch.tensor(points, dtype=torch.float64).clamp(min=1e-9).log().T
     dx, dy = x - x.mean(), y - y.mean()
-    q = (dx*dy).sum()/dx.square().sum() if len(x) > 1 else torch.tensor(2.)                  # one probe has no slope
+    q = (dx*dy).sum()/dx.square().sum() if len(x) > 1 else torch.tensor(2.)   # one probe has no slope
     log_k = torch.arange(1., n + 1, dtype=torch.float64).log()
     curve = (y.mean() + q.clamp(min=1)*(log_k - x.mean())).exp()
     return torch.cat([torch.zeros(1), curve])
@@ -116,21 +114,6 @@ def _marginal_costs(
     cost = (curve*(torch.arange(n + 1)/n)**interaction).diff()                              # (eq. context)
     cost[max(1, int(most*n)):] += _LAST_RESORT
     return (cost/coupling.groups).repeat(coupling.groups)
-
-# %% ../nbs/70_recipe.ipynb #r1717f99
-def _towards_dense(
-    v, # a `Visit` whose `dense` would bring the stream back to the dense one
-    keep, # columns that stay, (m,)
-    trust, # share λ of the dense stream in the targets
-    ridge, # a `Ridge`
-):
-    "New weight of the kept columns, whose outputs come near the targets (eq. target), (d, m)."
-    W, bias = v.weight, v.model.get_submodule(v.second).bias
-    R = v.gram[keep] @ W.float().T                         # what the old weights make of the inputs, (m, d)
-    goals = v.dense if bias is None else [y - bias.detach() for y in v.dense]
-    flat = lambda x: x.flatten(0, -2).float()
-    R.lerp_(sum(flat(x[..., keep]).T @ flat(y) for x, y in zip(v.X, goals)), trust)
-    return ridge.solve(v.gram[keep][:, keep], R, W[:, keep].T).T
 
 # %% ../nbs/70_recipe.ipynb #22c128ef
 _TRUST_TOKENS = 32768 # calibration tokens at which half of a target is the dense stream
@@ -212,19 +195,19 @@ def check(self:Recipe):
     super(Recipe, self).check()
     edges = (0, *self.shares, 1)
     if len(edges) == 2 or not all(a < b for a, b in zip(edges, edges[1:])):
-        raise ValueError(f'shares is {self.shares!r}; it is one or more fractions between 0 and 1, ascending, '
-                         'for example (0.25, 0.5, 0.75).')
+        known = 'one or more fractions between 0 and 1, ascending, for example (0.25, 0.5, 0.75)'
+        raise ValueError(f'shares is {self.shares!r}; it is {known}.')
 
 # %% ../nbs/70_recipe.ipynb #c51ce5a8
 def _greedy_order(
     W, # weight of the second linear, (d, f)
     C, # second moments of its inputs, (f, f)
     table, # columns of each unit, (units, columns)
-    damp, # ridge, as a fraction of the mean diagonal
+    ridge, # a `Ridge`
     chunk=32, # units that leave before costs are computed again
 ):
     "Rank of each unit when the cheapest leave first and the others adapt (eq. greedy), (units,)."
-    W, P = as_double(W).T, damped_inverse(C, damp)         # (f, d)
+    W, P = as_double(W).T, ridge.inverse(C)                # (f, d)
     identity = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
     table, left, order = table.to(W.device), torch.arange(len(table)), []
     while len(left):
@@ -240,7 +223,7 @@ def _greedy_order(
 @patch
 def _turns(self:Recipe, v):
     "Whether the units at a visit leave in another basis."
-    return self.turn and v.coupling is not None and v.coupling.kind == 'value_channel'
+    return self.turn and v.coupling is not None and v.coupling.unit.turns
 
 def _own_basis(v):
     "`_value_basis` at a visit of attention."
@@ -251,8 +234,9 @@ def _own_basis(v):
 def _scored(self:Recipe, v):
     "Score of every unit, (units,)."
     if self._turns(v): return _own_basis(v)[1].flatten()
-    if self.order == 'greedy': return _greedy_order(v.weight, v.gram, v.coupling.second[1], self.damping(v.tokens))
-    return v.per_unit(column_scores(v.weight, v.gram) if self.order == 'fasp' else v.weight.float().norm(dim=0))
+    W, C = v.weight, v.gram
+    if self.order == 'greedy': return _greedy_order(W, C, v.coupling.second[1], self.ridge_for(v.tokens))
+    return v.per_unit(column_scores(W, C) if self.order == 'fasp' else W.float().norm(dim=0))
 
 # %% ../nbs/70_recipe.ipynb #fd0c74b0
 @patch
@@ -265,9 +249,10 @@ def _seen(self:Recipe, v):
 @patch
 def _trials(self:Recipe, v):
     "Yield how many bundles leave at each probe, and the second linear's weight without them, (d, f)."
-    n, scores, (W, C, B) = v.coupling.n_units//v.coupling.groups, self._scored(v), self._seen(v)
-    ridge = Ridge(self.damping(v.tokens), self.towards)
-    for k in sorted({min(max(1, int(s*n)), n - 1) for s in self.shares} - {0}):              # of a single unit nothing can leave
+    scores, ridge, (W, C, B) = self._scored(v), self.ridge_for(v.tokens), self._seen(v)
+    n = v.coupling.n_units//v.coupling.groups
+    counts = {min(max(1, int(s*n)), n - 1) for s in self.shares}
+    for k in sorted(counts - {0}):                         # of a single unit nothing can leave
         keep = v.columns(keep_after(v.coupling, scores, k))
         E = _emptied(W, keep, ridge.restore(W, C, keep) if self.restore else W[:, keep])
         yield k, (E if B is None else E @ B).to(v.weight)
@@ -282,29 +267,31 @@ def _split(self:Recipe,
     fits = Windows(windows.ids[:len(windows) - m], windows.source)
     return fits, windows.ids[-max(m, 1):, :self.measure_seqlen]
 
-# %% ../nbs/70_recipe.ipynb #rcfa9f5f
+# %% ../nbs/70_recipe.ipynb #r1ca6458
 @patch
 def _probes(self:Recipe,
     ctx, # the `Context` of the run
 ):
-    "Probes of every coupling by name: pairs of bundles that left and divergence."
+    "Probes of every coupling by name: pairs of bundles that left and divergence. Raises `ValueError` for one that is not finite."
     fits, ids = self._split(ctx.windows)
-    riders, found = _Riders(ctx.model, ids), {c.name: [] for c in ctx.table}
+    riders, found = _Riders(ctx.source, ids), {c.name: [] for c in ctx.table}
     for v in replace(ctx, windows=fits).look(Needs(everywhere=True), 'probing'):
         if v.part == 'attention': riders.step(v.model.get_submodule(v.stage.block.name), v.layer)
         if v.coupling is None: continue
         second = v.model.get_submodule(v.second)
         for k, W in self._trials(v): riders.start((v.coupling.name, k), second, W)
-    for (name, k), d in riders.divergences(ctx.source).items(): found[name].append((k, d))
+    for (name, k), d in riders.divergences().items():
+        check_numbers(torch.tensor(d), f'divergence without {k} units of {name}', ctx.model.dtype)
+        found[name].append((k, d))
     return found
 
 # %% ../nbs/70_recipe.ipynb #42d9d487
 @patch
 def _probe_key(self:Recipe, ctx):
     "What decides the probes, as plain values."
-    what = {k: v for k, v in self.settings().items() if k not in ('allocation', 'trust', 'interaction')}
-    tensors = getattr(ctx.source, 'tensors', lambda: None)()                                # of a model that is on disk
-    return dict(model=model_fingerprint(ctx.model, tensors), calibration=ctx.windows.fingerprint, **what)
+    later = ('allocation', 'trust', 'interaction')         # what comes after them
+    what = {k: v for k, v in self.settings().items() if k not in later}
+    return run_key(ctx.source, ctx.windows, **what)
 
 def _read_probes(file, key, table):
     "Probes that a file holds. Raises `ValueError` for those of another run."
@@ -338,10 +325,10 @@ def _removal_costs(
     A, # second moments of its inputs, (f, f)
     G, # second moments of the gradient at its outputs, (d, d)
     leave, # tensors of the columns that leave, one after the other
-    damp=.06, # ridge, as a fraction of the mean diagonal of `A`
+    ridge, # a `Ridge`
 ):
     "Second-order cost of each group of columns when those before it have left and the others were re-fitted, float64, (groups,); nothing where all inputs are zero."
-    W, G, P, costs = as_double(W), as_double(G), damped_inverse(A, damp), []
+    W, G, P, costs = as_double(W), as_double(G), ridge.inverse(A), []
     if not A.any(): return torch.zeros(len(leave), dtype=W.dtype)
     for j in leave:
         B = torch.linalg.inv(P[j][:, j])
@@ -357,14 +344,16 @@ def _removal_costs(
 @patch
 def _curved_costs(self:Recipe, ctx, chunk=32):
     "Marginal cost of every unit by curvature, smoothed over `chunk` units, as scores for `global_steps`."
-    factors, costs = curvature(ctx.model, ctx.windows, names=[c.second[0] for c in ctx.table], store=ctx.run.store), {}
+    names, costs = [c.second[0] for c in ctx.table], {}
+    factors = curvature(ctx.model, ctx.windows, names=names, store=ctx.run.store)
     for v in ctx.look(desc='curvature'):
         c, (W, C, _) = v.coupling, self._seen(v)
         order = bundles(c, self._scored(v))[0]             # (n, groups)
         n = len(order)
         parts = order[:n - 1].split(min(chunk, max(1, n//8)))
         columns = [c.second[1][p.flatten()].flatten().to(C.device) for p in parts]
-        groups = _removal_costs(W, C/v.tokens, factors[v.second].G.to(C.device), columns, self.damping(v.tokens)).cpu()
+        G = factors[v.second].G.to(C.device)
+        groups = _removal_costs(W, C/v.tokens, G, columns, self.ridge_for(v.tokens)).cpu()
         each = torch.cat([(cost/len(p)).repeat(len(p)) for cost, p in zip(groups, parts)])
         costs[c.name] = (torch.cat([each, each[-1:]])/c.groups).repeat(c.groups)
     return costs
@@ -377,29 +366,31 @@ def _shared_out(self:Recipe, ctx):
     if self.allocation == 'curvature': costs = self._curved_costs(ctx)
     else:
         points = self._kept_probes(ctx)
-        costs = {c.name: _marginal_costs(c, points[c.name], self.shares[-1], self.interaction) for c in ctx.table}
+        price = lambda c: _marginal_costs(c, points[c.name], self.shares[-1], self.interaction)
+        costs = {c.name: price(c) for c in ctx.table}
     return global_steps(ctx.table, costs, ctx.sparsity, ctx.total)
 
-# %% ../nbs/70_recipe.ipynb #r36b05f9
+# %% ../nbs/70_recipe.ipynb #r85e04d7
 @patch
 def _repaired(self:Recipe, v, keep):
     "New weight of the columns that stay, (d, m)."
-    if self._turns(v) and len(keep) < v.weight.shape[1]: v.turn(_own_basis(v)[0])
+    if self._turns(v) and v.leaving: v.turn(_own_basis(v)[0])
     if v.dense is None: return super(Recipe, self).repair(v, keep)
     trust = _trust_for(v.tokens) if self.trust is None else self.trust
-    return _towards_dense(v, keep, trust, Ridge(self.damping(v.tokens), self.towards))
+    return v.aimed(keep, self.ridge_for(v.tokens), trust)
 
 # %% ../nbs/70_recipe.ipynb #3b93a655
 @patch
 def work(self:Recipe, model, tokens, sparsity=.2):
     "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
-    base, d, size = fasp_work(model, tokens, self.units), model.config.hidden_size, model.dtype.itemsize
-    nbytes, flops, forward = [base[k] for k in ('bytes', 'flops', 'forward_flops')]
-    second = 4*tokens*d*size*(self.restore and self.trust != 0)                              # its states, its outputs, drift and targets
-    probing = 0
+    r, d, size = fasp_work(model, tokens, self.units), model.config.hidden_size, model.dtype.itemsize
+    forward, extra = r['forward_flops'], 0
     if self.allocation == 'measured':
         read, vocabulary = min(self.measure_windows*self.measure_seqlen, max(1, tokens//8)), model.config.vocab_size
         trials = len(anatomy(model))*len(self.units)*len(self.shares)
-        flops += flops + trials*read*(forward/tokens/2 + 2*vocabulary*d)                     # half of the blocks, and the head
-        probing = trials*read*d*size + 3*read*vocabulary*4                                  # states; logits of the reference, of a probe, their difference
-    return dict(bytes=nbytes + max(probing, second), forward_flops=forward, flops=flops + forward*bool(second))
+        r['flops'] += r['flops'] + trials*read*(forward/tokens/2 + 2*vocabulary*d)           # half of the blocks, and the head
+        extra = trials*read*d*size + 3*read*vocabulary*4   # states; logits of two models, and their difference
+    if self.restore and self.trust != 0:
+        r['flops'] += forward
+        extra = max(extra, 4*tokens*d*size)                # a second trajectory: states, outputs, drift, targets
+    return {**r, 'bytes': r['bytes'] + extra}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'rounded', 'strict_json', 'portable', 'Record', 'on_text', 'about']
+           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about']
 
 # %% ../nbs/65_record.ipynb #r65c0004
 import json
@@ -16,10 +16,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from unittest.mock import patch
+from unittest import mock
 
 import torch
-from fastcore.basics import patch as patched
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .evaluate import Perplexity, continuation, peak_memory, speed, weight_bytes, window_losses
@@ -37,7 +37,7 @@ def last_words(
     "Positions of the last words of sentences, as a list of (start, stop)."
     pieces, found = tokenizer.convert_ids_to_tokens(ids.tolist()), []
     bare = [p.lstrip('Ġ▁ ') for p in pieces]
-    opens = [p[:1] in ('Ġ', '▁', ' ') for p in pieces]     # a space before, in the marks of the usual tokenizers
+    opens = [p[:1] in ('Ġ', '▁', ' ') for p in pieces]     # a space before the piece
     for stop, mark in enumerate(bare):
         if mark not in ('.', '!', '?'): continue
         start = stop - 1
@@ -57,12 +57,12 @@ class Quality:
     evaluation: str # the windows, in words
 
     def plain(self):
-        "Plain values: perplexity and share of last words with their standard errors, and the loss of every window."
+        "Plain values: perplexity, share of last words, their standard errors, and the loss of every window."
         n, losses = self.words, self.perplexity.losses.tolist()
         p = self.known/n if n else None
-        return dict(evaluation=self.evaluation, losses=losses,
-                    perplexity=dict(value=self.perplexity.value, stderr=self.perplexity.stderr, windows=len(losses)),
-                    last_words=dict(value=p, stderr=n and math.sqrt(p*(1 - p)/n), words=n))
+        perplexity = dict(value=self.perplexity.value, stderr=self.perplexity.stderr, windows=len(losses))
+        last_words = dict(value=p, stderr=n and math.sqrt(p*(1 - p)/n), words=n)
+        return dict(evaluation=self.evaluation, losses=losses, perplexity=perplexity, last_words=last_words)
 
 def quality(
     model, # a causal language model
@@ -114,7 +114,7 @@ def side_by_side(
     before, # `State` of the dense model
     after, # `State` of the pruned model
 ):
-    "Two states as plain values: dict of quantity -> `before` and `after`; texts but the first are under `other_texts`."
+    "Dict of quantity -> `before` and `after`, plain values; texts but the first are under `other_texts`."
     pair = lambda b, a, names: {k: dict(before=b[k], after=a[k]) for k in names}
     r = pair(vars(before), vars(after), ('parameters', 'linear_parameters', 'bytes', 'sample'))
     texts = {}
@@ -131,7 +131,7 @@ def paired_speed(
     repeats=5, # pairs
     **options, # of `speed`
 ):
-    "Two models timed in turn: dict of `before`, `after` (tokens per second) and `ratio`; each `prefill` and `decode`, as (median, smallest, largest)."
+    "Tokens per second `before` and `after`, and their `ratio`: dicts of phase -> (median, smallest, largest)."
     runs = []
     for _ in tqdm(range(repeats), desc='speed', leave=False):
         runs.append([speed(m, repeats=1, **options) for m in (dense, small)])
@@ -139,7 +139,8 @@ def paired_speed(
     before, after = [{k: [pair[i][k][0] for pair in runs] for k in phases} for i in (0, 1)]
     ratio = {k: [a/b for b, a in zip(before[k], after[k])] for k in phases}
     middle = lambda v: (statistics.median(v), min(v), max(v))
-    return {n: {k: middle(v) for k, v in r.items()} for n, r in dict(before=before, after=after, ratio=ratio).items()}
+    found = dict(before=before, after=after, ratio=ratio)
+    return {n: {k: middle(v) for k, v in r.items()} for n, r in found.items()}
 
 # %% ../nbs/65_record.ipynb #dc3d582e
 def _clock(f, device):
@@ -183,7 +184,7 @@ def parts_timed(
     module, # module whose functions are timed
     parts, # dict of part -> names of functions of the module
 ):
-    "Context manager that yields the CPU seconds of each part. Raises `ValueError` for a function that is not there."
+    "Context manager: the CPU seconds of each part. Raises `ValueError` for a function that is not there."
     names = {n: part for part, functions in parts.items() for n in functions}
     if missing := [n for n in names if not callable(getattr(module, n, None))]:
         raise ValueError(f'{module.__name__} has no function {missing[0]}; correct the names of the parts.')
@@ -200,7 +201,7 @@ def parts_timed(
     if not clocks:
         yield seconds
         return
-    with patch.multiple(module, **clocks): yield seconds
+    with mock.patch.multiple(module, **clocks): yield seconds
 
 # %% ../nbs/65_record.ipynb #b84d24b0
 def machine(
@@ -209,12 +210,13 @@ def machine(
     "What a result says about where it was measured: system, processor, threads, device, dtype, Python."
     cuda = model.device.type == 'cuda'
     processor = f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}'
-    return dict(system=platform.platform(terse=True), processor=torch.cuda.get_device_name() if cuda else processor,
-                threads=torch.get_num_threads(), device=model.device.type, dtype=str(model.dtype).split('.')[-1],
-                python=platform.python_version())
+    if cuda: processor = torch.cuda.get_device_name()
+    ours = dict(threads=torch.get_num_threads(), device=model.device.type, dtype=str(model.dtype).split('.')[-1])
+    return dict(system=platform.platform(terse=True), processor=processor, python=platform.python_version(), **ours)
 
 # %% ../nbs/65_record.ipynb #r65c0048
-_DIGITS = dict(losses=5, perplexity=5, last_words=4, seconds=3, parts_cpu=3, speed=3, rounds=5, zeros=6, removable=6)
+_DIGITS = dict(losses=5, perplexity=5, last_words=4, rounds=5, zeros=6, removable=6,
+               seconds=3, parts_cpu=3, speed=3)
 
 def _significant(x, digits):
     "Every float inside `x` with this number of significant digits."
@@ -222,7 +224,7 @@ def _significant(x, digits):
     if isinstance(x, (list, tuple)): return [_significant(v, digits) for v in x]
     return float(f'{x:.{digits}g}') if isinstance(x, float) else x
 
-def rounded(
+def _rounded(
     entries, # entries of a record, plain values
 ):
     "The same entries; figures have the digits that they mean."
@@ -270,7 +272,7 @@ class Record:
     versions: dict = None # of packages
     machine: dict = None # see `machine`
     # at what cost
-    seconds: dict = None # wall and CPU seconds of pruning and of a forward pass over the same tokens, and their ratios
+    seconds: dict = None # wall and CPU, of pruning and of a forward pass over the same tokens, and ratios
     parts_cpu: dict = None # CPU seconds of parts of the method
     peak_extra_bytes: int = None # at the peak of pruning, above those at the start
     # with what result: `before` and `after`
@@ -293,7 +295,7 @@ class Record:
     plain_transformers: bool = None # whether stock classes load it
 
 # %% ../nbs/65_record.ipynb #r65c0059
-@patched(cls_method=True)
+@patch(cls_method=True)
 def of(cls:Record,
     plan, # `PrunePlan`
     small, # the model that it made
@@ -302,34 +304,36 @@ def of(cls:Record,
 ):
     "The record of a pruned model."
     done = {k: getattr(plan, k) for k in ('method', 'sparsity', 'true_sparsity', 'calibration', 'versions')}
-    settings = {k: v for k, v in plan.settings.items() if k not in ('log', 'state')}         # files of this machine
+    settings = {k: v for k, v in plan.settings.items() if k not in ('log', 'state')}   # not the files
     where = dict(model=portable(name), model_fingerprint=plan.model, machine=machine(small))
     left = {n: [len(k), plan.units[n]] for n, k in plan.kept.items()} or None
     return cls(**{**done, **where, 'settings': settings, 'units_left': left,
                   'plain_transformers': fits_stock_class(small), **entries})
 
 # %% ../nbs/65_record.ipynb #r65c0062
-@patched
+@patch
 def text(self:Record):
     "What its file holds."
-    return strict_json(rounded({k: v for k, v in asdict(self).items() if v is not None})) + '\n'
+    return strict_json(_rounded({k: v for k, v in asdict(self).items() if v is not None})) + '\n'
 
-@patched(cls_method=True)
+@patch(cls_method=True)
 def read(cls:Record,
     path, # JSON file
 ):
     "The record in a file. Raises `ValueError` for a file that is none."
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not JSON ({e}); delete it.') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} is not JSON ({e}); delete it.') from e
     try: return cls(**found)
-    except TypeError as e: raise ValueError(f'{path} is not a record ({e}); delete it or choose another folder.') from e
+    except TypeError as e:
+        raise ValueError(f'{path} is not a record ({e}); delete it or choose another folder.') from e
 
 # %% ../nbs/65_record.ipynb #r65c0065
 def on_text(
     record, # a record as a dict
     text, # name of an evaluation text
 ):
-    "What it says about a text: dict with `evaluation`, `perplexity`, `losses` and `last_words`; the main text if it is not among the others."
+    "Dict with `evaluation`, `perplexity`, `losses` and `last_words` of one text; of the main text unless it is another."
     return (record.get('other_texts') or {}).get(text, record)
 
 # %% ../nbs/65_record.ipynb #r65c0068
@@ -340,5 +344,5 @@ def about(
     cpu_seconds, # what it took
 ):
     "Where data come from: model, text, versions, machine and time, as plain values."
-    return dict(model=portable(name), model_fingerprint=model_fingerprint(model), windows=[repr(w) for w in windows],
-                cpu_seconds=round(cpu_seconds, 1), versions=_versions(), machine=machine(model))
+    which = dict(model=portable(name), model_fingerprint=model_fingerprint(model), windows=[repr(w) for w in windows])
+    return dict(which, cpu_seconds=round(cpu_seconds, 1), versions=_versions(), machine=machine(model))

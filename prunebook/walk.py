@@ -99,7 +99,7 @@ class Stage:
     block: Block # the block it is in
     part: str # `attention` or `mlp`
     second: str # name of the sub-layer's second linear
-    X: list # inputs of the level, one tensor (batch, seqlen, columns) for each batch
+    X: list # inputs of the level, (batch, seqlen, columns) for each batch; a list, or one whose tensors are on disk
     level: str = 'second' # whose inputs: of the `first` linears, or of the `second`
     keep: torch.Tensor = None # columns of `X` that the second linear still reads; set it after slicing
     Y: list = None # outputs of the second linear, where the caller knows them already
@@ -108,15 +108,21 @@ class Stage:
     def layer(self): return self.block.layer
     def gram(self): return gram(self.X)
 
-    def outputs(self, model):
-        "Output of the second linear as it is now, for each batch (eq. reapply)."
-        if self.level == 'first': raise ValueError(f'This stage holds the inputs of first linears; {self.second} cannot read them.')
-        if self.Y is not None: return self.Y
-        m = model.get_submodule(self.second)
+    def output(self, model, i):
+        "Output of the second linear as it is now, for batch `i` (eq. reapply)."
+        if self.level == 'first':
+            raise ValueError(f'This stage holds the inputs of first linears; {self.second} cannot read them.')
+        if self.Y is not None: return self.Y[i]
+        m, x = model.get_submodule(self.second), self.X[i]
         W = weight_of(m)
-        if self.keep is None and W.shape[1] != self.X[0].shape[-1]: raise ValueError(f'{self.second} was sliced: set stage.keep to its remaining columns.')
-        cut = lambda x: x if self.keep is None else x[..., self.keep.to(x.device)]
-        return [F.linear(cut(x), W, m.bias) for x in self.X]
+        if self.keep is not None: x = x[..., self.keep.to(x.device)]
+        if W.shape[1] != x.shape[-1]:
+            raise ValueError(f'{self.second} was sliced: set stage.keep to its remaining columns.')
+        return F.linear(x, W, m.bias)
+
+    def outputs(self, model):
+        "The output for each batch."
+        return [self.output(model, i) for i in range(len(self.X if self.Y is None else self.Y))]
 
 # %% ../nbs/05_walk.ipynb #d00r0102
 def checked(
@@ -145,20 +151,29 @@ def walk(
     model = source.model
     if model.training: raise ValueError('The model is in training mode; call model.eval() first.')
     windows.check(model)
-    states, calls = zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)])
-    waiting, shapes = states[0].device, anatomy(model)
-    begin, states = log.resumed(list(states)) if log else (0, list(states))
+    states, calls, shapes = *_recorded(source, windows.batches(batch_size)), anatomy(model)
+    waiting = states[0].device
+    begin, states = log.resumed(states) if log else (0, states)
     for b in tqdm(shapes[begin:], desc=desc, leave=False, initial=begin, total=len(shapes)):
         layer, finished = source.open(b), False
         there = next(layer.parameters()).device
         to = lambda tree: tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, tree)
         run = lambda i, pairs: _visit(layer, to(states[i]), *to(calls[i][b.layer]), pairs)
         try:
-            states = yield from _stages(model, b, states, run, firsts)
+            states = yield from _stages(source, b, len(states), run, firsts, waiting)
             finished = True
         finally: source.close(b, finished)                 # also when the caller stops early
-        if source.device is not None: states = [s.to(waiting) for s in states]
         if log: log.record(b, states)
+
+def _recorded(source, batches):
+    "Inputs of the first block, and the calls of all blocks, for each batch."
+    calls = []
+    def first_inputs():
+        for ids in batches:
+            first, others = record_calls(source.model, ids)
+            calls.append(others)
+            yield first
+    with source.embeddings(): return source.collect(first_inputs()), calls
 
 def _visit(layer, x, args, kw, pairs):
     "Run a block with some modules replaced; None if it was stopped on the way."
@@ -167,36 +182,54 @@ def _visit(layer, x, args, kw, pairs):
     except _Stop: return None
 
 # %% ../nbs/05_walk.ipynb #a3c9a894
-def _stages(model, b, states, run, firsts):
-    "The stages of one block; returns the states after it."
-    attention, out = model.get_submodule(b.path(b.family.attention)), model.get_submodule(b.out)
-    d, structure = weight_of(out).shape[0], []
+def _inputs(source, module, n, run, pairs):
+    "What `module` reads in each of `n` batches; nothing behind it is computed."
+    read = source.model.get_submodule(module)
+    def seen(i):
+        X = []
+        def keep_and_stop(x): X.append(x); raise _Stop
+        run(i, [*pairs(i), (read, keep_and_stop)])
+        return X[0]
+    return source.collect(seen(i) for i in range(n))
+
+def _attention_inputs(source, b, n, run):
+    "What the second linear of the attention reads in each of `n` batches, and how many outputs the attention has."
+    structure, attention = [], source.model.get_submodule(b.path(b.family.attention))
+    out = source.model.get_submodule(b.out)
+    d = weight_of(out).shape[0]
     def stop(m, args, output):
         structure.append(None if isinstance(output, torch.Tensor) else len(output))
         raise _Stop
-    def inputs(module, pairs):
-        "Inputs of `module`, and no further."
-        X = []
-        def keep_and_stop(x): X.append(x); raise _Stop
-        for i in range(len(states)): run(i, [*pairs(i), (model.get_submodule(module), keep_and_stop)])
-        return X
+    def seen(i):
+        X, handle = [], attention.register_forward_hook(stop)
+        try: run(i, [(out, _record_input(d, X))])
+        finally: handle.remove()
+        return X[0]
+    return source.collect(seen(i) for i in range(n)), structure[0]
+
+# %% ../nbs/05_walk.ipynb #a96a03e9
+def _stages(source, b, n, run, firsts, waiting):
+    "The stages of one block; returns the states after it, on the device `waiting`."
+    model, second = source.model, source.model.get_submodule(b.mlp_second)
+    attention = model.get_submodule(b.path(b.family.attention))
+    first_attention, first_mlp = b.path(b.family.qkv[0]), b.path(b.family.mlp_firsts[0])
     # 1. attention up to the input of its second linear
-    if firsts: yield checked(Stage(b, 'attention', b.out, inputs(b.path(b.family.qkv[0]), lambda i: []), 'first'))
-    X, handle = [], attention.register_forward_hook(stop)
-    try:
-        for i in range(len(states)): run(i, [(out, _record_input(d, X))])
-    finally: handle.remove()
+    if firsts: yield checked(Stage(b, 'attention', b.out, _inputs(source, first_attention, n, run, lambda i: []), 'first'))
+    X, structure = _attention_inputs(source, b, n, run)
     stage = checked(Stage(b, 'attention', b.out, X))
     yield stage
-    A = [_stand_in(y, structure[0]) for y in stage.outputs(model)]
+    A = source.collect(stage.output(model, i) for i in range(n))
+    finished = lambda i: [(attention, _stand_in(A[i], structure))]
     # 2. the MLP up to the input of its second linear
-    if firsts: yield checked(Stage(b, 'mlp', b.mlp_second, inputs(b.path(b.family.mlp_firsts[0]), lambda i: [(attention, A[i])]), 'first'))
-    stage = checked(Stage(b, 'mlp', b.mlp_second, inputs(b.mlp_second, lambda i: [(attention, A[i])])))
+    if firsts: yield checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished), 'first'))
+    stage = checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, b.mlp_second, n, run, finished)))
     yield stage
     # 3. what is left of the block: norms and additions
     thin = [(model.get_submodule(b.path(p)), lambda x: x[..., :b.family.mlp_parts]) for p in b.family.mlp_firsts]
-    second, Y = model.get_submodule(b.mlp_second), stage.outputs(model)
-    return [run(i, [(attention, A[i]), (second, lambda x, y=Y[i]: y.view(*x.shape[:-1], d)), *thin]) for i in range(len(states))]
+    def output(i):
+        y = stage.output(model, i)
+        return run(i, [*finished(i), (second, lambda x: y.view(*x.shape[:-1], y.shape[-1])), *thin])
+    return source.collect(output(i).to(waiting) for i in range(n))
 
 # %% ../nbs/05_walk.ipynb #a5c00007
 def cut(
@@ -227,8 +260,11 @@ def gram(
     parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
     C = torch.zeros(f, f, dtype=torch.float32, device=X[0].device)
     for x in X:
-        x = x.flatten(0, -2).float()                       # (tokens, f)
-        for p in parts: C[p, p.start:] += x[:, p].T @ x[:, p.start:]
+        x = x.flatten(0, -2)                               # (tokens, f)
+        size = f if x.dtype == torch.float32 else 1024     # columns that are converted at a time
+        for p in parts:
+            left, rest = x[:, p].T.float(), slice(p.start, f)
+            for c, y in zip(C[p, rest].split(size, 1), x[:, rest].split(size, 1)): c += left @ y.float()
     for p in parts:                                        # what is below the diagonal is what is above it
         C[p, p] = C[p, p].triu() + C[p, p].triu(1).T
         C[p.stop:, p] = C[p, p.stop:].T

@@ -10,8 +10,9 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 rm -rf _proc _docs
+python scripts/make_api.py
 nbdev_proc_nbs
-python scripts/site_files.py prepare _proc
+python scripts/site_files.py _proc
 (cd _proc && NO_COLOR=1 quarto render --no-cache) 2>&1 | sed 's/\x1b\[[0-9;]*m//g' | tee "$log"
 
 if grep -nE '^\[?(WARN(ING)?|ERROR)\b' "$log" > /dev/null; then
@@ -21,5 +22,4 @@ if grep -nE '^\[?(WARN(ING)?|ERROR)\b' "$log" > /dev/null; then
 fi
 
 mv _proc/_docs _docs
-python scripts/site_files.py finish _proc _docs
 echo 'The site is in _docs/'

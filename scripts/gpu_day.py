@@ -168,9 +168,9 @@ AGREE = {
     'random': ('random', {}), 'magnitude restored': ('magnitude', dict(restore=True)),
     'wanda_sp': ('wanda_sp', {}), 'flap': ('flap', {}), 'taylor': ('taylor', dict(units=MLP)),
     'fasp': ('fasp', {}), 'fasp values': ('fasp', dict(units=VALUES)), 'fasp kv_group': ('fasp', dict(units=HEADS)),
-    'depth2': ('depth2', {}), 'depth2 two_step heads': ('depth2', dict(units=HEADS, reconstruct='two_step')),
+    'depth2': ('depth2', {}), 'depth2 two_step heads': ('depth2', dict(units=HEADS, restore='two_step')),
     'bonsai': ('bonsai', dict(evaluations=16, windows=2, seqlen=16, restore=True)),
-    'surgeon': ('surgeon', dict(shots=1, rounds=1)), 'surgeon tied': ('surgeon', dict(shots=1, rounds=1, cost='tied', update='tied')),
+    'surgeon': ('surgeon', dict(shots=1, rounds=1)), 'surgeon tied': ('surgeon', dict(shots=1, rounds=1, cost='tied', restore='tied')),
     'recipe': ('recipe', dict(measure_seqlen=16))}  # method and settings on tiny models, by a name for the report
 TIE, CLOSE = 1e-3, 1e-3  # of the range of a coupling's scores; of the length of the logits
 

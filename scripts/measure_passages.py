@@ -55,7 +55,7 @@ def depth2(model, tokenizer):
         if t != .25: small, _ = prune(model, fit, Depth2(trust=t), sparsity=.2)
         found['trust'][str(t)] = dict(losses=losses(small) if t != .25 else found['reconstruct']['kept_columns']['losses'], **misfits(small))
     own = load_windows('self', model, tokenizer, n=8, seqlen=128)
-    for n, w, method in (('random tokens', random_tokens(model, 4, 256), Depth2(sigma='random', reconstruct='none')), ('written by the model', own, Depth2())):
+    for n, w, method in (('random tokens', random_tokens(model, 4, 256), Depth2(sigma='random', restore=False)), ('written by the model', own, Depth2())):
         small, plan = prune(model, w, method, sparsity=.2)
         found['no_text'][n] = dict(losses=losses(small), calibration=plan.calibration)
     return found, [fit, test]

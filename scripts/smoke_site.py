@@ -2,35 +2,38 @@
 
 usage: python scripts/smoke_site.py [SITE]      SITE: folder to write, _smoke by default
 
-smalldocs, a renderer of `_quarto.yml` projects in pure Python, makes pages with the same themes, sidebar and stylesheet as Quarto. What it
-lacks is filled in before: pages get the names they have on the site, equations, figures and tables their numbers, cross-references and
-citations their text (citations by pandoc's citeproc). MathJax is taken from .site-tools (`make site-tools`), never from a network; without it
-formulas stay TeX. A warning of smalldocs that is not in KNOWN is an error. Needs nbdev, pypandoc_binary and smalldocs (Python 3.11 or later).
+smalldocs, a renderer of `_quarto.yml` projects in pure Python, makes pages with the same themes, sidebar and stylesheet as Quarto. What
+it lacks is filled in before: pages get the names they have on the site; equations, figures and tables get numbers, and cross-references
+their text; a citation shows its key. MathJax is taken from .site-tools (`make site-tools`), never from a network; without it formulas
+stay TeX. Needs nbdev and smalldocs (Python 3.11 or later).
 """
-import argparse
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import check_docs
+import make_api
 import site_files
+from site_files import source
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = dict(eq='Equation', fig='Figure', tbl='Table')
 CODE = re.compile(r'(^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\2[`~]*[ \t]*$|`+[^`\n]+`+)', re.M | re.S)
-KNOWN = re.compile(r'unknown key (lang|bibliography|link-citations|respect-user-color-scheme)$|html-math-method is ignored$|code-tools is ignored$'
-                   r'|format\.html\.respect-user-color-scheme is ignored$')
+XREF = re.compile(r'(?<![\w@])-?@((?:fig|tbl|eq|sec|lst|thm|lem|exm|exr)-[\w-]+)')
+CITATION = re.compile(r'\[[^\[\]]*(?<!\w)@[a-zA-Z]\w*\d{4}\w*[^\[\]]*\]|(?<![\w\[;@-])@[a-zA-Z]\w*\d{4}\w*')
+KNOWN = re.compile(r'unknown key (lang|bibliography|link-citations|respect-user-color-scheme)$|(html-math-method|code-tools) is ignored$'
+                   r'|format\.html\.respect-user-color-scheme is ignored$|(output-file|nocite) is not read by smalldocs$'
+                   r'|: broken link [^/]')  # of the text of a page, which check_docs.py finds on the built page
 CDN = re.compile(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?')
 MATHJAX = '''<script>window.MathJax = {tex: {packages: {'[-]': ['noundefined', 'noerrors']}}};</script>
-<script defer src="/.site-tools/mathjax/es5/tex-chtml-full.js"></script>'''  # without these packages, what does not parse is an error and not red text
+<script defer src="/.site-tools/mathjax/es5/tex-chtml-full.js"></script>'''  # without these packages, bad TeX is an error and not red text
 
 
 # ---- what Quarto resolves -------------------------------------------------------------------------------------------
@@ -44,93 +47,87 @@ def outside_code(func, text):
     return ''.join([*out, func(text[pos:])])
 
 
+def options_of(cell):
+    "Quarto's `#|` options of a code cell as a dict, and the code below them; raises yaml.YAMLError."
+    lines = source(cell).splitlines()
+    said = '\n'.join(re.sub(r'^#\| ?', '', l) for l in lines if l.startswith('#|'))
+    given = yaml.safe_load(said)
+    return (given if isinstance(given, dict) else {}), '\n'.join(l for l in lines if not l.startswith('#|')).strip('\n')
+
+
 def labels_of(nb):
     "Number of every equation, figure and table of a page, by label, in the order in which they stand."
     found = []
     for cell in nb['cells']:
-        if cell['cell_type'] == 'markdown': found += re.findall(r'\{#((?:eq|fig|tbl)-[\w-]+)', site_files.source(cell))
-        elif cell['cell_type'] == 'code': found.append(str(site_files.options_of(cell)[0].get('label', '')))
-    count, numbers = dict.fromkeys(KINDS, 0), {}
-    for label in found:
-        kind = label.partition('-')[0]
-        if kind in KINDS and label not in numbers:
-            count[kind] += 1
-            numbers[label] = count[kind]
-    return numbers
+        if cell['cell_type'] == 'markdown': found += re.findall(r'\{#((?:eq|fig|tbl)-[\w-]+)', source(cell))
+        elif cell['cell_type'] == 'code': found.append(str(options_of(cell)[0].get('label', '')))
+    of_kind = lambda kind: dict.fromkeys(l for l in found if l.startswith(kind + '-'))
+    return {label: i for kind in KINDS for i, label in enumerate(of_kind(kind), 1)}
 
 
-def citation_groups(text):
-    "The citations of a markdown text: `[@a; @b, p. 3]` and bare `@a`."
-    return re.findall(r'\[[^\[\]]*(?<!\w)@[a-zA-Z]\w*\d{4}\w*[^\[\]]*\]|(?<![\w\[;@-])@[a-zA-Z]\w*\d{4}\w*', text)
-
-
-def cited(groups, bibliography):
-    "HTML of every citation, and of the list of references."
-    import pypandoc
-    text = '\n\n'.join([f'::: {{.cite}}\n{g}\n:::' for g in groups] + ['::: {#refs}\n:::'])
-    res = subprocess.run([pypandoc.get_pandoc_path(), '-f', 'markdown', '-t', 'html', '--wrap=none', '--citeproc', f'--bibliography={bibliography}'],
-                         input=text, capture_output=True, encoding='utf-8', check=True)
-    html = re.findall(r'<div class="cite">\s*<p>(.*?)</p>\s*</div>', res.stdout, re.S)
-    assert len(html) == len(groups), 'pandoc lost a citation'
-    return dict(zip(groups, html)), res.stdout[res.stdout.index('<div id="refs"'):]
-
-
-def resolve(text, numbers, citations, references, names):
-    "Markdown in which numbers, references, citations and links between notebooks are what they are on the site."
+def resolve(text, numbers, names):
+    "Markdown in which numbers, cross-references, citations and links between notebooks are what they are on the site."
+    def equation(m): return f'\n\n::: {{#{m[2]}}}\n$${m[1].strip()} \\tag{{{numbers[m[2]]}}}$$\n:::\n\n'
+    def reference(m): return f'[{KINDS[m[1].split("-")[0]]} {numbers[m[1]]}](#{m[1]})' if m[1] in numbers else m[0]
     def part(s):
-        s = re.sub(r'\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}', lambda m: f'\n\n::: {{#{m[2]}}}\n$${m[1].strip()} \\tag{{{numbers[m[2]]}}}$$\n:::\n\n', s, flags=re.S)
-        s = re.sub(r'-?@((?:eq|fig|tbl)-[\w-]+)', lambda m: f'[{KINDS[m[1].split("-")[0]]} {numbers[m[1]]}](#{m[1]})' if m[1] in numbers else m[0], s)
-        for g in sorted(citation_groups(s), key=len, reverse=True): s = s.replace(g, citations.get(g, g))
-        s = re.sub(r'\]\(([\w-]+)\.ipynb', lambda m: f']({names.get(m[1] + ".ipynb", m[1])}.ipynb', s)
-        return s.replace('::: {#refs}\n:::', references)
+        s = re.sub(r'\$\$(.+?)\$\$[ \t]*\{#(eq-[\w-]+)\}', equation, s, flags=re.S)
+        s = CITATION.sub(lambda m: '(' + m[0].strip('[]').replace('@', '') + ')', XREF.sub(reference, s))
+        return re.sub(r'\]\(([\w-]+\.ipynb)', lambda m: f']({names.get(m[1], m[1])}', s)
     return outside_code(part, text)
 
 
-def resolve_cell(cell, *known):
-    "Resolve a cell in place; a labelled code cell gets its number into the caption. Returns markdown to put before it."
-    numbers = known[0]
-    if cell['cell_type'] == 'markdown': cell['source'] = resolve(site_files.source(cell), *known)
-    if cell['cell_type'] != 'code': return ''
-    options, code = site_files.options_of(cell)
+def resolve_cell(cell, numbers, names):
+    "Resolve a cell in place; a labelled code cell gets its number into the caption."
+    if cell['cell_type'] == 'markdown': cell['source'] = resolve(source(cell), numbers, names)
+    if cell['cell_type'] != 'code': return
+    options, code = options_of(cell)
     label = str(options.get('label', ''))
     for k in options:
-        if k.endswith('-cap'): options[k] = (f'{KINDS[k[:3]]} {numbers[label]}: ' if label in numbers else '') + resolve(str(options[k]), *known)
+        if k.endswith('-cap'):
+            options[k] = (f'{KINDS[k[:3]]} {numbers[label]}: ' if label in numbers else '') + resolve(str(options[k]), numbers, names)
     cell['source'] = '\n'.join([*(f'#| {k}: {json.dumps(v, ensure_ascii=False)}' for k, v in options.items()), code])
     for o in cell.get('outputs', []):
-        if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = resolve(''.join(o['data']['text/markdown']), *known)
-    return f'[]{{#{label}}}' if label in numbers else ''
+        data = o.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = resolve(''.join(data['text/markdown']), numbers, names)
 
 
 # ---- the project ----------------------------------------------------------------------------------------------------
 
-def process_all(nbs):
-    "Every notebook as nbdev hands it to Quarto, by name, as plain dicts."
-    from execnb.nbio import nb2str
-    return {p.name: json.loads(nb2str(check_docs.process(p)[0])) for p in check_docs.notebooks(nbs)}
+def process(path):
+    "The notebook at `path` as nbdev hands it to Quarto, and the warnings on the way."
+    from execnb.nbio import nb2str, read_nb
+    from nbdev.processors import FilterDefaults
+    nb = read_nb(path)
+    os.environ['IN_TEST'] = '1'  # as nbdev does: calls of nbdev commands inside notebooks do nothing
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always', UserWarning)
+            FilterDefaults()(nb)
+    finally: del os.environ['IN_TEST']
+    return json.loads(nb2str(nb)), [str(w.message) for w in caught if 'imports and other code' in str(w.message)]
 
 
-def write_project(books, nbs, folder, about):
+def notebooks(nbs):
+    "The notebooks that nbdev makes pages of, the one of the API written first."
+    from nbdev.doclinks import nbglob
+    make_api.write(nbs.parent)
+    return sorted(nbglob(nbs, as_path=True))
+
+
+def write_project(books, nbs, folder):
     "Write processed notebooks, resolved, and everything else of nbs/ as a project that smalldocs builds."
-    shutil.copytree(nbs, folder, ignore=lambda d, names: [n for n in names if n.endswith('.ipynb') or n.startswith('.')], dirs_exist_ok=True)
-    names = {n: Path(site_files.html_name(n, site_files.front_matter(nb))).stem for n, nb in books.items()}
-    text = '\n\n'.join(site_files.source(c) for nb in books.values() for c in nb['cells'])
-    citations, references = cited(list(dict.fromkeys(citation_groups(CODE.sub('', text)))), nbs/'references.bib')
+    from nbdev.quarto import refresh_quarto_yml
+    refresh_quarto_yml()
+    shutil.copytree(nbs, folder, ignore=shutil.ignore_patterns('*.ipynb', '.*'), dirs_exist_ok=True)
+    names = {n: site_files.html_name(n, nb).replace('.html', '.ipynb') for n, nb in books.items()}
     for name, nb in books.items():
-        known = labels_of(nb), citations, references, names
-        cells = []
-        for i, cell in enumerate(nb['cells']):
-            anchor = resolve_cell(cell, *known)
-            if anchor: cells.append(dict(cell_type='markdown', id=f'anchor{i}', metadata={}, source=anchor))
-            cells.append(cell)
-        site_files.add_links(nb := {**nb, 'cells': cells}, name, about)
-        (folder/f'{names[name]}.ipynb').write_text(json.dumps(nb), encoding='utf-8')
-    renamed = lambda s: re.sub(r'([\w-]+)\.ipynb', lambda m: f'{names.get(m[0], m[1])}.ipynb', s)
+        numbers = labels_of(nb)
+        for cell in nb['cells']: resolve_cell(cell, numbers, names)
+        (folder/names[name]).write_text(json.dumps(nb), encoding='utf-8')
     for f in ('sidebar.yml', '_quarto.yml'):
-        text = renamed((nbs/f).read_text(encoding='utf-8'))
+        text = re.sub(r'[\w-]+\.ipynb', lambda m: names.get(m[0], m[0]), (nbs/f).read_text(encoding='utf-8'))
         (folder/f).unlink()
         (folder/f).write_text(text, encoding='utf-8')
-    website = {'title': about['title'], 'site-url': about['site'], 'description': about['description'], 'repo-branch': about['branch'], 'repo-url': f'https://github.com/{about["repository"]}'}
-    (folder/'nbdev.yml').write_text(yaml.safe_dump(dict(project={'output-dir': '_docs'}, website=website)))
 
 
 def local_math(site):
@@ -141,38 +138,30 @@ def local_math(site):
         p.write_text(CDN.sub('', html).replace('</head>', head, 1), encoding='utf-8')
 
 
-def build(root, site):
-    "Build the project at `root` into `site`; returns smalldocs' warnings that matter."
+def build(books, root, site):
+    "Build processed notebooks (by name) of the project at `root` into `site`; returns smalldocs' warnings that matter."
     from smalldocs.config import load
     from smalldocs.site import Site
-    nbs, about = root/'nbs', site_files.settings(root)
-    books = process_all(nbs)
-    with tempfile.TemporaryDirectory(prefix='prunebook-smoke-') as tmp:
-        proc, project = Path(tmp)/'proc', Path(tmp)/'project'
-        proc.mkdir()
-        for name, nb in books.items(): (proc/name).write_text(json.dumps(nb), encoding='utf-8')
-        write_project(books, nbs, project, about)
-        made = Site(load(project), quiet=True)
+    about = site_files.settings(root)
+    for name, nb in books.items(): site_files.prepare(nb, name, about)
+    with tempfile.TemporaryDirectory(prefix='prunebook-smoke-') as project:
+        write_project(books, root/'nbs', Path(project))
+        made = Site(load(Path(project)), quiet=True)
         made.build()
         shutil.rmtree(site, ignore_errors=True)
-        shutil.copytree(project/'_docs', site)
-        site_files.finish(proc, site, root)
+        shutil.copytree(Path(project)/'_docs', site)
     local_math(site)
-    return [w for w in made.warnings if not KNOWN.search(w) and not w.endswith('output-file is not read by smalldocs')]
+    of_menus = lambda w: re.sub(r'^\S+: (broken link /)', r'\1', w)  # each once, and not for every page
+    return list(dict.fromkeys(of_menus(w) for w in made.warnings if not KNOWN.search(w)))
 
 
-def main(argv=None):
+def main():
     "Build, and print what smalldocs warns about."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('site', nargs='?', type=Path, default=ROOT/'_smoke', help='folder to write')
-    parser.add_argument('--root', type=Path, default=ROOT, help='project folder')
-    args = parser.parse_args(argv)
-    root, site = args.root.resolve(), args.site.resolve()
-    os.chdir(root)  # nbdev looks for settings.ini from here
-    sys.path.insert(0, str(root))
-    warned = build(root, site)
-    for w in warned: print('smalldocs:', w)
-    print(f'{len(list(site.glob("*.html")))} pages in {site}')
+    site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_smoke').resolve()
+    os.chdir(ROOT)  # nbdev looks for settings.ini from here
+    sys.path.insert(0, str(ROOT))
+    warned = build({p.name: process(p)[0] for p in notebooks(ROOT/'nbs')}, ROOT, site)
+    print(*(f'smalldocs: {w}' for w in warned), f'{len(list(site.glob("*.html")))} pages in {site}', sep='\n')
     return 1 if warned else 0
 
 

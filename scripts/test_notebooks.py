@@ -1,10 +1,9 @@
-"""Run every notebook from top to bottom, each in its own process, and fail if one fails or is skipped.
+"""Run every notebook from top to bottom, each in a kernel of its own (nbclient), and fail if one fails.
 
 usage: python scripts/test_notebooks.py [NAME ...] [--mode MODE ...] [--others [--quarter Q]]
        NAME: 20_fasp, 20_fasp.ipynb or nbs/20_fasp.ipynb; all if none
 
-This is nbdev_test with four differences: a process for each notebook, so that no state or memory is shared; time and peak
-memory printed as it goes; a notebook that would be skipped as a whole is an error; and modes. A notebook passes
+The time and the peak memory of each are printed, and a notebook passes in modes:
 
     default    as this machine runs it
     float32    with models in float32
@@ -20,17 +19,20 @@ As many notebooks run at the same time as there are cores (at most four), the sl
 small as these gain next to nothing from a second.
 """
 import argparse
-import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
+
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ('default', 'float32', 'bfloat16', 'gpu')
 SLOW = {'70_recipe': 240, '40_bonsai': 220, '30_depth2': 160, '52_surgeon': 150, '10_scores': 140, '20_fasp': 140}  # seconds, to start first
+ENV = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', IN_TEST='1')  # nbdev: no exports from within a notebook
 
 
 # ---- which notebooks, and in which mode
@@ -38,12 +40,18 @@ SLOW = {'70_recipe': 240, '40_bonsai': 220, '30_depth2': 160, '52_surgeon': 150,
 
 def notebooks(folder, names):
     "The notebooks to run, the slowest first: all of `folder`, or those named."
-    found = [p for p in sorted(folder.rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
-    wanted = {Path(n).name.removesuffix('.ipynb') for n in names} or {p.stem for p in found}
-    unknown = wanted - {p.stem for p in found}
+    found = {p.stem: p for p in folder.glob('*.ipynb')}
+    wanted = {Path(n).name.removesuffix('.ipynb') for n in names} or found.keys()
+    unknown = wanted - found.keys()
     if unknown: sys.exit(f'no such notebook: {", ".join(sorted(unknown))}')
-    slow = lambda p: (SLOW.get(p.stem, 0), p.stat().st_size)
-    return sorted((p for p in found if p.stem in wanted), key=slow, reverse=True)
+    slow = lambda p: (SLOW.get(p.stem, 0), p.stat().st_size, p)
+    return [p for p in sorted((found[n] for n in wanted), key=slow, reverse=True) if code_cells(p)]
+
+
+def code_cells(path):
+    "The code cells of a notebook that are run."
+    cells = nbformat.read(path, as_version=4).cells
+    return [c for c in cells if c.cell_type == 'code' and c.source.strip() and not re.search(r'^#\| *eval: *false', c.source, re.M)]
 
 
 def turn():
@@ -60,116 +68,53 @@ def other_modes():
 
 
 def quarter_jobs(paths, modes, quarter):
-    "A quarter of the notebooks for each mode, another for each; those without code have none."
-    paths = [p for p in paths if code_cells(p)]
+    "A quarter of the notebooks for each mode, another for each."
     return [(p, m) for i, m in enumerate(modes) for p in paths[(quarter + i)%4::4]]
 
 
-# ---- what nbdev_test would run of a notebook
+# ---- one notebook
 
 
-def read(path):
-    "The notebook, with the directives of its cells."
-    from nbdev.frontmatter import FrontmatterProc
-    from nbdev.process import NBProcessor
-    return NBProcessor(path, procs=FrontmatterProc, process=True).nb
-
-
-def not_run(cell):
-    "Is this a code cell that nbdev_test leaves out?"
-    from nbdev.config import get_config
-    directives = cell.directives_ or {}
-    return directives.get('eval:', [''])[0].lower() == 'false' or bool(set(get_config().tst_flags.split()) & directives.keys())
-
-
-def code_cells(path):
-    "The code cells that are run."
-    return [c for c in read(path).cells if c.cell_type == 'code' and c.source.strip() and not not_run(c)]
-
-
-def skipped(path):
-    "Why nbdev_test would skip the whole notebook, or None; and how many code cells it leaves out."
-    from nbdev.process import nb_lang
-    nb = read(path)
-    code = [c for c in nb.cells if c.cell_type == 'code' and c.source.strip()]
-    left_out = [c for c in code if not_run(c)]
-    if any(part[0] in '_.' for part in path.relative_to(ROOT).parts): return 'its name starts with _ or .', 0
-    if (path.parent/'.notest').exists(): return 'a file .notest lies beside it', 0
-    if str(nb.frontmatter_.get('skip_exec', False)).lower() not in ('false', '0', 'no'): return 'skip_exec is set', 0
-    if nb_lang(nb) != 'python': return f'its language is {nb_lang(nb)}', 0
-    if code and len(left_out) == len(code): return 'every code cell is left out', 0
-    return None, len(left_out)
-
-
-# ---- one notebook, in a process of its own
-
-
-@contextlib.contextmanager
-def in_mode(mode):
-    "What `default_device` and `default_dtype` are in a mode: a dict of functions, in the package already."
-    if mode == 'default':
-        yield {}
-        return
+def enter(mode):
+    "In the kernel: change what `default_device` and `default_dtype` are, in the package and in the notebook's own names."
+    if mode == 'default': return
     import torch
+    from IPython import get_ipython
     from prunebook import models
     if mode == 'gpu':
-        sys.path.insert(0, str(ROOT/'tests'))
         from fake_gpu import FakeGPU, device
-        stack, new = FakeGPU(strict=True), dict(default_device=device)
+        new = dict(default_device=device)
+        FakeGPU(strict=True).__enter__()
     else:
         known, home, dtype = models.default_dtype, models.default_device().type, getattr(torch, mode)
         at_home = lambda device: torch.device(device or home).type == home
-        stack, new = contextlib.nullcontext(), dict(default_dtype=lambda device=None: dtype if at_home(device) else known(device))
+        new = dict(default_dtype=lambda device=None: dtype if at_home(device) else known(device))
     for name, f in new.items(): setattr(models, name, f)       # before any other module of the package takes them from there
-    with stack: yield new
+    names = get_ipython().user_ns
+    again = lambda *_: names.update({n: f for n, f in new.items() if n in names})       # a page that defines them again
+    get_ipython().events.register('post_run_cell', again)
 
 
-def execute(path, mode, seconds, keep_going):
-    "Run the cells of a notebook in this process; True if all passed that were begun within `seconds`."
-    from execnb.shell import CaptureShell
-    start, passed, cells = time.perf_counter(), True, code_cells(path)
-    os.environ['IN_TEST'] = '1'
-    sys.path.insert(0, str(ROOT))
-    os.chdir(path.parent)
-    with in_mode(mode) as new:
-        shell = CaptureShell(path)
-        for i, cell in enumerate(cells):
-            if time.perf_counter() - start > seconds:
-                print(f'    {path.name} ({mode}): {seconds:.0f} s are over, {i} of {len(cells)} cells run', flush=True)
-                break
-            shell.cell(cell)
-            shell.user_ns.update({n: f for n, f in new.items() if n in shell.user_ns})       # a page that defines them again
-            if shell.exc is None: continue
-            print(f'    {path.name} ({mode}): error in cell {cell.idx_}', shell.prettytb(fname=path), sep='\n', file=sys.stderr, flush=True)
-            passed = False
-            if not keep_going: break
-    return passed
-
-
-def run(path, mode, args):
-    "Run one notebook in a new process; (passed, seconds, peak memory in MB)."
-    start, threads = time.perf_counter(), dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
-    seconds = 'inf' if mode in args.mode else str(args.seconds)
-    command = [sys.executable, __file__, str(path), '--mode', mode, '--seconds', seconds, '--here', *['--keep-going']*args.keep_going]
-    proc = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **threads})
-    _, status, usage = os.wait4(proc.pid, 0)
-    proc.returncode = os.waitstatus_to_exitcode(status)
-    unit = 2**20 if sys.platform == 'darwin' else 2**10  # ru_maxrss is in bytes on macOS, in KB on Linux
-    return proc.returncode == 0, time.perf_counter() - start, usage.ru_maxrss / unit
-
-
-def test(path, mode, label, args):
-    "Run one notebook and say how it went; True if it passed."
-    name = path.relative_to(ROOT).as_posix() + (f' ({mode})' if mode != 'default' else '')
-    why, left_out = skipped(path)
-    if why:
-        print(f'{label} {name}: FAILED, it would be skipped: {why}', flush=True)
-        return False
-    print(f'{label} {name} ...', flush=True)
-    passed, seconds, memory = run(path, mode, args)
-    note = f', {left_out} cell(s) not run' if left_out else ''
-    print(f'{label} {name}: {"passed" if passed else "FAILED"} in {seconds:.0f} s, {memory:.0f} MB{note}', flush=True)
-    return passed
+def execute(path, mode, seconds=float('inf')):
+    "Run a notebook; what there is to say of it: the error if one cell failed, how far it came in `seconds`, its peak memory."
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    start, cells = time.perf_counter(), code_cells(path)
+    folders = [str(ROOT/f) for f in ('', 'scripts', 'tests')]
+    first = f"__import__('sys').path[:0] = {folders}; __import__('test_notebooks').enter({mode!r})"
+    last = "print(__import__('prunebook.evaluate').evaluate._lifetime_mark()//2**20)"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(first), *cells, nbformat.v4.new_code_cell(last)])
+    client = NotebookClient(nb, kernel_name='python3', timeout=None, startup_timeout=300, extra_arguments=['--log-level=ERROR'],
+                            resources=dict(metadata=dict(path=path.parent)))
+    with client.setup_kernel(env={**os.environ, **ENV}):
+        for i, cell in enumerate(nb.cells[:-1]):
+            if i and time.perf_counter() - start > seconds: break
+            try: client.execute_cell(cell, i)
+            except (CellExecutionError, DeadKernelError) as e: return f'FAILED\n{e}'
+        else: i = len(cells) + 1
+        client.execute_cell(nb.cells[-1], len(cells) + 1)
+    short = f', {i - 1} of {len(cells)} cells run in {seconds:.0f} s' if i <= len(cells) else ''
+    return f'passed, {nb.cells[-1].outputs[0].text.strip()} MB{short}'
 
 
 def arguments(argv):
@@ -180,27 +125,32 @@ def arguments(argv):
     parser.add_argument('--others', action='store_true', help='and a quarter in each mode that is not this machine\'s own')
     parser.add_argument('--quarter', type=int, choices=range(4), help='which one; by the number of commits if not given')
     parser.add_argument('--seconds', type=float, default=30, help='in a mode of --others, begin no cell after this time')
-    parser.add_argument('--keep-going', action='store_true', help='go on with the next cell after an error')
-    parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)               # in this process: how the script calls itself
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     "Run the notebooks named on the command line, or all."
     args = arguments(argv)
-    os.chdir(ROOT)
     paths = notebooks(ROOT/'nbs', args.names)
     if not paths: sys.exit('no notebooks found')
-    if args.here: return 0 if execute(paths[0], args.mode[0], args.seconds, args.keep_going) else 1
-    jobs = [(p, m) for m in args.mode for p in paths]
+    jobs = [(p, m, float('inf')) for m in args.mode for p in paths]
     if args.others:
         modes, quarter = other_modes(), turn()%4 if args.quarter is None else args.quarter
-        jobs += quarter_jobs(paths, modes, quarter)
-        print(f'all in {" and ".join(args.mode)}; quarter {quarter} in {" and ".join(modes)}, {args.seconds:.0f} s each (--quarter {quarter} does it again)')
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        passed = list(pool.map(lambda ij: test(*ij[1], f'[{ij[0]}/{len(jobs)}]', args), enumerate(jobs, 1)))
-    failed = [f'{p.name} ({m})' for (p, m), ok in zip(jobs, passed) if not ok]
-    print(f'{len(jobs) - len(failed)} of {len(jobs)} runs of {len(paths)} notebooks passed' + (f'; failed: {", ".join(failed)}' if failed else ''))
+        jobs += [(*job, args.seconds) for job in quarter_jobs(paths, modes, quarter)]
+        print(f'all in {" and ".join(args.mode)}; quarter {quarter} in {" and ".join(modes)}, {args.seconds:.0f} s each '
+              f'(--quarter {quarter} does it again)')
+
+    def run(numbered):
+        (i, (path, mode, seconds)), start = numbered, time.perf_counter()
+        label = f'[{i}/{len(jobs)}] {path.name}' + f' ({mode})'*(mode != 'default')
+        print(f'{label} ...', flush=True)
+        said = execute(path, mode, seconds)
+        print(f'{label}: {time.perf_counter() - start:.0f} s, {said}', flush=True)
+        return None if said.startswith('passed') else f'{path.name} ({mode})'
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool: failed = list(filter(None, pool.map(run, enumerate(jobs, 1))))
+    print(f'{len(jobs) - len(failed)} of {len(jobs)} runs of {len(paths)} notebooks passed')
+    if failed: print(f'failed: {", ".join(failed)}')
     return 1 if failed else 0
 
 

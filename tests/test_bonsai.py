@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
-from prunebook.bonsai import (L1_GRID, PRIORS, WORST, Bonsai, EvaluationLog, cut_units, fit_l1, fit_levels, hadamard, in_play, kendall_tau, prior_scores, published_pairs,
+from prunebook.bonsai import (L1_GRID, PRIORS, WORST, Bonsai, EvaluationLog, fit_l1, fit_levels, hadamard, in_play, kendall_tau, prior_scores, published_pairs,
                               relative_size, orthogonal_pairs, sub_model, sub_model_losses, token_loss, _split, _wide)
 from prunebook.cli import main
 from prunebook.couplings import couplings, masked, slice_units
 from prunebook.evaluate import window_losses
-from prunebook.methods import METHODS, as_method
+from prunebook.methods import METHODS, Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
 from prunebook.plan import PrunePlan
-from prunebook.repair import damp_for
+from prunebook.fasp import FASP
+from prunebook.sources import InMemory
+from prunebook.stream import Context
 from prunebook.text import Windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -301,12 +303,17 @@ def test_repair_is_least_squares_in_the_pruned_model():
     cut, plan = prune(m, w, Bonsai(**QUICK), .2)
     restored, again = prune(m, w, Bonsai(restore=True, damp=.1, **QUICK), .2)
     assert plan.kept == again.kept
-    expected = cut_units(copy.deepcopy(m), w, plan.kept, damp=.1)
+    def fitted(damp):
+        "The dense model cut to the same units by the stream of another method."
+        other = copy.deepcopy(m)
+        Context(InMemory(other), w, .2).stream(FASP(units=QUICK['units'], damp=damp), given=plan.kept)
+        return other
+    expected = fitted(.1)
     with torch.no_grad():
         a, b, c, dense = (x(w.ids).logits for x in (restored, expected, cut, m))
     assert torch.equal(a, b) and (a - dense).norm() < (c - dense).norm()
     default, _ = prune(m, w, Bonsai(restore=True, **QUICK), .2)
-    with torch.no_grad(): assert torch.equal(default(w.ids).logits, cut_units(copy.deepcopy(m), w, plan.kept, damp_for(16*16))(w.ids).logits)
+    with torch.no_grad(): assert torch.equal(default(w.ids).logits, fitted(None)(w.ids).logits)
 
 
 def test_runs_repeat_and_seeds_differ():
@@ -316,10 +323,10 @@ def test_runs_repeat_and_seeds_differ():
 
 
 @pytest.mark.parametrize('setting, message', [
-    (dict(evaluations=6), 'evaluations is 6; it is a number of at least 8'), (dict(evaluations=9), 'even'), (dict(evaluations=True), 'evaluations'),
-    (dict(step=0), 'step'), (dict(step=1.5), 'step'), (dict(windows=0), 'windows is 0'), (dict(seqlen=1), 'seqlen is 1'), (dict(prior='none'), 'one of output, wanda'),
-    (dict(design='none'), 'orthogonal, published'), (dict(target='none'), 'loss, perplexity'), (dict(estimator='none'), 'levels, l1, prior'), (dict(tolerance=1), 'tolerance'),
-    (dict(damp=-1), 'damp'), (dict(batch_size=0), 'batch_size')])
+    (dict(evaluations=6), 'evaluations is 6; it is an even number of sub-models'), (dict(evaluations=9), 'even'), (dict(evaluations=True), 'evaluations'),
+    (dict(step=0), 'step'), (dict(step=1.5), 'step'), (dict(windows=0), 'windows is 0'), (dict(seqlen=1), 'seqlen is 1'), (dict(prior='none'), '"output", "wanda"'),
+    (dict(design='none'), '"orthogonal", "published"'), (dict(target='none'), '"loss", "perplexity"'), (dict(estimator='none'), '"levels", "l1", "prior"'), (dict(tolerance=1), 'tolerance'),
+    (dict(damp=-1), 'damp')])
 def test_what_is_refused(setting, message):
     m = tiny_model('llama')
     with pytest.raises(ValueError, match=message): prune(m, windows(), Bonsai(**setting), .2)
@@ -354,39 +361,39 @@ def test_work_is_known_without_weights(family):
 
 def test_a_finished_log_answers_everything(tmp_path, monkeypatch):
     m, w, log = tiny_model('llama'), windows(), str(tmp_path/'deep'/'log.jsonl')
-    _, plan = prune(m, w, Bonsai(log=log, **QUICK), .2)
+    _, plan = prune(m, w, Bonsai(**QUICK), .2, run=Run(log=log))
     lines = Path(log).read_text().splitlines()
     assert len(lines) == 1 + 2*9 and json.loads(lines[0])['sparsity'] == .2
     monkeypatch.setattr('prunebook.bonsai.token_loss', lambda *a: pytest.fail('evaluated again'))
-    assert prune(m, w, Bonsai(log=log, **QUICK), .2)[1] == plan
-    assert prune(m, w, Bonsai(log=log, restore=True, **QUICK), .2)[1].kept == plan.kept      # the repair may differ
+    assert prune(m, w, Bonsai(**QUICK), .2, run=Run(log=log))[1] == plan
+    assert prune(m, w, Bonsai(restore=True, **QUICK), .2, run=Run(log=log))[1].kept == plan.kept      # the repair may differ
 
 
 @pytest.mark.parametrize('cut', [1, 20, 60])
 def test_a_torn_line_is_cut_back(tmp_path, cut):
     m, w, log = tiny_model('llama'), windows(), tmp_path/'log.jsonl'
-    _, plan = prune(m, w, Bonsai(log=str(log), **QUICK), .2)
+    _, plan = prune(m, w, Bonsai(**QUICK), .2, run=Run(log=str(log)))
     whole = log.read_bytes()
     log.write_bytes(whole[:-cut])
-    with pytest.warns(UserWarning, match='torn'): assert prune(m, w, Bonsai(log=str(log), **QUICK), .2)[1].kept == plan.kept
+    with pytest.warns(UserWarning, match='torn'): assert prune(m, w, Bonsai(**QUICK), .2, run=Run(log=str(log)))[1].kept == plan.kept
     assert log.read_bytes() == whole
 
 
 def test_a_torn_header_begins_anew(tmp_path):
     m, w, log = tiny_model('llama'), windows(), tmp_path/'log.jsonl'
-    prune(m, w, Bonsai(log=str(log), **QUICK), .1)
+    prune(m, w, Bonsai(**QUICK), .1, run=Run(log=str(log)))
     whole = log.read_bytes()
     log.write_bytes(whole[:30])
-    with pytest.warns(UserWarning, match='torn'): prune(m, w, Bonsai(log=str(log), **QUICK), .1)
+    with pytest.warns(UserWarning, match='torn'): prune(m, w, Bonsai(**QUICK), .1, run=Run(log=str(log)))
     assert log.read_bytes() == whole
 
 
 def test_other_logs_are_refused(tmp_path):
     m, w, log = tiny_model('llama'), windows(), tmp_path/'log.jsonl'
-    run = lambda m=m, w=w, s=.2, **kw: prune(m, w, Bonsai(**{**QUICK, 'log': str(log), **kw}), s)
+    run = lambda m=m, w=w, s=.2, **kw: prune(m, w, Bonsai(**{**QUICK, **kw}), s, run=Run(log=str(log)))
     run()
     whole = log.read_bytes()
-    for call, message in [(dict(m=tiny_model('llama', seed=1)), 'differs in model'), (dict(w=windows(seed=1)), 'differs in text'), (dict(s=.3), 'differs in sparsity'),
+    for call, message in [(dict(m=tiny_model('llama', seed=1)), 'differs in model'), (dict(w=windows(seed=1)), 'differs in calibration'), (dict(s=.3), 'differs in sparsity'),
                           (dict(seed=5), 'differs in settings'), (dict(m=tiny_model('llama').bfloat16()), 'differs in')]:
         with pytest.raises(ValueError, match=f'{message}.*delete it'): run(**call)
     lines = whole.splitlines(keepends=True)
@@ -401,6 +408,7 @@ def test_other_logs_are_refused(tmp_path):
 JOB = '''
 import sys, time, torch
 import prunebook.bonsai as b
+from prunebook.methods import Run
 from prunebook.pruning import prune
 from prunebook.models import tiny_model
 from prunebook.plan import write_atomic
@@ -409,7 +417,7 @@ torch.set_num_threads(1)
 slow, f = float(sys.argv[3]), b.token_loss
 b.token_loss = lambda *a: (time.sleep(slow), f(*a))[1]
 w = Windows(torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0)), 'random')
-small, plan = prune(tiny_model('llama'), w, b.Bonsai(units=('mlp_channel', 'kv_group'), evaluations=16, step=.1, windows=2, seqlen=16, log=sys.argv[1] or None), .2)
+small, plan = prune(tiny_model('llama'), w, b.Bonsai(units=('mlp_channel', 'kv_group'), evaluations=16, step=.1, windows=2, seqlen=16), .2, run=Run(log=sys.argv[1] or None))
 if b.Workers('cpu').rank == 0: plan.save(sys.argv[2])
 '''
 
@@ -436,7 +444,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert p.returncode and not out.exists() and 6 <= before.count(b'\n') < 30
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                                      # the last line may be torn
-        _, plan = prune(tiny_model('llama'), windows(), Bonsai(**{**QUICK, 'evaluations': 16}, log=str(log)), .2)
+        _, plan = prune(tiny_model('llama'), windows(), Bonsai(**{**QUICK, 'evaluations': 16}), .2, run=Run(log=str(log)))
     assert plan.kept == here().kept and plan.scores == here().scores
     assert log.read_bytes().startswith(before[:before.rfind(b'\n') + 1]) and log.read_bytes().count(b'\n') == 1 + 2*18
 

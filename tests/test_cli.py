@@ -10,7 +10,7 @@ from helpers import tiny_model
 from fastcore.docments import docments
 from transformers import AutoModelForCausalLM
 
-from prunebook import cli, methods, save as save_module, text as text_module
+from prunebook import cli, pruning, save as save_module, text as text_module
 from prunebook.cli import COMMANDS, main
 from prunebook.couplings import couplings, slice_units
 from prunebook.plan import PrunePlan
@@ -91,7 +91,7 @@ def test_prune_gives_what_the_library_gives(folders, run, tmp_path):
     from prunebook.fasp import FASP
     from prunebook.models import load_model
     model, tokenizer = load_model(folders['dense'], 'cpu', torch.float32)
-    expected, p = methods.prune(model, text_module.load_windows('random', model, tokenizer, 4, 32, 3), FASP(units=('value_channel', 'mlp_channel'), damp=.1), .2)
+    expected, p = pruning.prune(model, text_module.load_windows('random', model, tokenizer, 4, 32, 3), FASP(units=('value_channel', 'mlp_channel'), damp=.1), .2)
     assert plan == p
     with torch.no_grad(): assert torch.equal(small(torch.arange(3, 30)[None]).logits, expected(torch.arange(3, 30)[None]).logits)
 
@@ -309,7 +309,7 @@ def test_debugging_shows_where(folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize('where', ['load', 'prune', 'save', 'manifest'])
 def test_an_interruption_leaves_nothing(where, folders, run, tmp_path, monkeypatch):
     def interrupt(*a, **kw): raise KeyboardInterrupt
-    target = dict(load=(cli, '_load'), prune=(methods, 'prune'), save=(save_module, '_write_model'), manifest=(save_module, 'write_manifest'))[where]
+    target = dict(load=(cli, '_load'), prune=(pruning, 'prune'), save=(save_module, '_write_model'), manifest=(save_module, 'write_manifest'))[where]
     monkeypatch.setattr(*target, interrupt)
     code, out, err = run('prune', folders['dense'], '--out', tmp_path/'deep'/'x', '--text', 'random', '--n', '2', '--seqlen', '16')
     assert code == 130 and out == '' and 'Interrupted' in error(err)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from prunebook.conform import combinations, conforms, padded_logits, random_kept
-from prunebook.couplings import FAMILIES, UNITS, Interleaved, MLPChannel, OwnConfig, Stacked, Unit, anatomy, couplings, kinds_of, slice_units
+from prunebook.couplings import FAMILIES, UNITS, Family, Interleaved, MLPChannel, OwnConfig, Stacked, Unit, anatomy, couplings, kinds_of, slice_units
 from prunebook.models import TINY
 from prunebook.save import fits_stock_class, load_pruned, save_pruned
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,6 +107,20 @@ def test_a_wrong_layout_is_noticed(family, monkeypatch):
     wrong = Interleaved() if family == 'phi3' else Stacked()
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], layout=wrong))
     with pytest.raises((ValueError, RuntimeError)): conforms(build(family, 1), 'kv_group', save=False)
+
+
+# ---- heads that must stay -------------------------------------------------------------------------------------------
+
+def test_heads_that_the_model_numbers_stay(monkeypatch):
+    names = dict(attention='self_attention', qkv=('self_attention.query_key_value',), out='self_attention.dense', mlp_firsts=('mlp.dense_h_to_4h',),
+                 mlp_second='mlp.dense_4h_to_h', heads=(), attributes=(), layout=Interleaved())
+    monkeypatch.setitem(MODELS, 'bloom', (dict(SMALL, n_layer=3, n_head=6), [{}]))
+    monkeypatch.setitem(FAMILIES, 'bloom', Family(**names))
+    with pytest.raises(RuntimeError): conforms(build('bloom'), 'kv_group')                    # the reason for what follows
+    monkeypatch.setitem(FAMILIES, 'bloom', Family(**names, heads_stay=True))
+    assert combinations(model := build('bloom')) == [('mlp_channel',), ('value_channel',), ('value_channel', 'mlp_channel')]
+    for kinds in combinations(model): conforms(model, kinds)
+    with pytest.raises(ValueError, match='heads of this family must stay.*kv_group cannot be cut; value_channel can'): couplings(model, ('kv_group', 'mlp_channel'))
 
 
 # ---- one configuration for blocks of different sizes ----------------------------------------------------------------

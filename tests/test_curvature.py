@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from prunebook.couplings import slice_units, weight_of
-from prunebook.curvature import Factors, curvature, curvature_bytes, damped_inverse, input_leaders, nearest_kronecker, optimal_removal
+from prunebook.curvature import Factors, _nearest_kronecker, curvature, curvature_bytes, damped_inverse, input_leaders, optimal_removal
 from prunebook.models import TINY, decoder_linears, tiny_model
 from prunebook.text import Windows
 from torch.nn import functional as F
@@ -209,7 +209,7 @@ def test_nearest_kronecker_is_the_nearest(o, i, seed):
     full = torch.einsum('no,ni->noi', g, a).flatten(1)
     full = full.T @ full/30
     u, s, v = torch.linalg.svd(full.view(o, i, o, i).permute(0, 2, 1, 3).reshape(o*o, i*i))
-    A, G = nearest_kronecker(a, g, 100)
+    A, G = _nearest_kronecker(a, g, 100)
     assert abs((torch.kron(G, A) - full).norm() - s[1:].norm()) < 1e-4*s.norm()
     assert (torch.kron(G, A) - full).norm() <= (torch.kron(g.T @ g/30, a.T @ a/30) - full).norm() + 1e-9
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import dispatch_model
 from fake_gpu import FakeGPU, device
 from helpers import tiny_model
-from prunebook.methods import as_method, configured
+from prunebook.methods import Run, configured
 from prunebook.pruning import prune
 from prunebook.models import blocks
 from prunebook.text import Windows
@@ -18,14 +18,14 @@ from prunebook.text import Windows
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
 VALUES, GROUPS = ('value_channel', 'mlp_channel'), ('kv_group', 'mlp_channel')
 CASES = [
-    ('random', {}), ('magnitude', dict(restore=True)), ('wanda_sp', {}), ('flap', {}), ('flap', dict(compensation='bias')),
+    ('random', {}), ('magnitude', dict(restore=True)), ('wanda_sp', {}), ('flap', {}), ('flap', dict(restore='bias')),
     ('flap', dict(units=VALUES, restore=True)), ('taylor', {}), ('fasp', dict(units=VALUES)), ('fasp', dict(units=GROUPS)),
-    ('depth2', dict(units=VALUES)), ('depth2', dict(units=GROUPS, reconstruct='two_step', form='code', trust=1.)),
-    ('depth2', dict(reconstruct='none', sigma='random')), ('depth2', dict(reconstruct='none', sigma='identity', form='paper')),
+    ('depth2', dict(units=VALUES)), ('depth2', dict(units=GROUPS, restore='two_step', form='code', trust=1.)),
+    ('depth2', dict(restore=False, sigma='random')), ('depth2', dict(restore=False, sigma='identity', form='paper')),
     ('depth2', dict(units=GROUPS, heads='second_moment', form='paper')), ('depth2', dict(units=('query_head',))),
     ('bonsai', dict(evaluations=8, seqlen=12)), ('bonsai', dict(evaluations=8, seqlen=12, restore=True, units=VALUES)),
-    ('surgeon', dict(shots=1, correction=2)), ('surgeon', dict(shots=1, store='cpu', cost='tied', update='tied', checkpoint=True)),
-    ('recipe', {}), ('recipe', dict(score='greedy', turn=False)), ('recipe', dict(allocation='curvature')), ('recipe', dict(trust=0., units=GROUPS))]
+    ('surgeon', dict(shots=1, correction=2)), ('surgeon', dict(shots=1, cost='tied', restore='tied'), dict(store='cpu', lean=True)),
+    ('recipe', {}), ('recipe', dict(order='greedy', turn=False)), ('recipe', dict(allocation='curvature')), ('recipe', dict(trust=0., units=GROUPS))]
 TEXT = Windows(torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0)), 'random')
 
 
@@ -56,18 +56,17 @@ def runs():
 @functools.cache
 def on_the_cpu(i, family):
     "Kept units and logits of the case number `i`."
-    small, plan = prune(tiny_model(family), TEXT, configured(*CASES[i]), .2)
+    small, plan = prune(tiny_model(family), TEXT, configured(*CASES[i][:2]), .2)
     with torch.no_grad(): return plan.kept, small(TEXT.ids[:2]).logits
 
 
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize('case, family', runs(), ids=lambda x: x if isinstance(x, str) else name(x))
 def test_as_on_the_cpu(case, family, place):
-    if place == 'visited' and 'device' not in as_method(case[0]).settings(): pytest.skip(f'{case[0]} has no device of its own')
     kept, logits = on_the_cpu(CASES.index(case), family)
-    settings = {**case[1], **(dict(device='gpu:0') if place == 'visited' else {})}
+    run = Run(**dict(*case[2:]), device='gpu:0' if place == 'visited' else None)
     with FakeGPU(strict=True):
-        small, plan = prune(PLACES[place](tiny_model(family)), TEXT, configured(case[0], settings), .2)
+        small, plan = prune(PLACES[place](tiny_model(family)), TEXT, configured(*case[:2]), .2, run=run)
         with torch.no_grad(): found = small(TEXT.ids[:2].to(small.device)).logits.cpu()
     assert plan.kept == kept
     assert (found - logits).abs().max() <= 1e-4*logits.abs().max()

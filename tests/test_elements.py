@@ -311,7 +311,7 @@ def test_shots_on_every_family(family, pattern):
     total, asked, seen = weights(m), .5 if 'm' in pattern else .35, []
     joint, none = copy.deepcopy(m), copy.deepcopy(m)
     zeros = sparsify_shots(joint, w, **pattern, shots=2, report=lambda i: seen.append((i, {n: weight_of(l) == 0 for n, l in decoder_linears(joint).items()})))
-    sparsify_shots(none, w, **pattern, shots=2, update='none')
+    sparsify_shots(none, w, **pattern, shots=2, restore=False)
     assert round(zeros*total) == math.ceil(asked*total - 1e-6)
     assert (logits(joint) - logits(m)).norm() < (logits(none) - logits(m)).norm()
     (_, first), (_, last) = seen

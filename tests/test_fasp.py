@@ -6,11 +6,12 @@ import pytest
 import torch
 from helpers import tiny_model
 from prunebook.couplings import anatomy, couplings
-from prunebook.fasp import FASP, column_scores, fasp_work, rank_correlation, unit_scores
-from prunebook.methods import METHODS, as_method
+from prunebook.fasp import FASP, column_scores, fasp_work, rank_correlation
+from prunebook.methods import METHODS, Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import damp_for
+from prunebook.stream import Visit
 from prunebook.text import Windows, random_tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -92,7 +93,7 @@ class Brute:
 @pytest.mark.parametrize('family,config', FAMILIES)
 def test_brute_force(family, config, units):
     dense, w = tiny_model(family, **config), windows()
-    small, plan = prune(dense, w, FASP(units=units, damp=.01, batch_size=3), sparsity=.25)
+    small, plan = prune(dense, w, FASP(units=units, damp=.01), sparsity=.25, run=Run(batch_size=3))
     oracle = Brute(dense, w, units, .25, .01)
     assert {n: k for n, k in plan.kept.items()} == oracle.kept
     assert close(logits(small), logits(oracle.m), 1e-3)
@@ -179,8 +180,8 @@ def test_pruning_a_pruned_model(family):
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
 def test_damping_follows_the_number_of_tokens(family):
     dense, w = tiny_model(family), windows(7)
-    a, p = prune(dense, w, FASP(units=BOTH, batch_size=3), .2)
-    b, q = prune(dense, w, FASP(units=BOTH, batch_size=3, damp=damp_for(w.ids.numel())), .2)
+    a, p = prune(dense, w, FASP(units=BOTH), .2, run=Run(batch_size=3))
+    b, q = prune(dense, w, FASP(units=BOTH, damp=damp_for(w.ids.numel())), .2, run=Run(batch_size=3))
     assert p.kept == q.kept and torch.equal(logits(a), logits(b)) and damp_for(100) == 10*damp_for(1000)
     assert not torch.equal(logits(a), logits(prune(dense, w, FASP(units=BOTH, damp=damp_for(7)), .2)[0]))
 
@@ -196,7 +197,7 @@ def test_the_same_call_gives_the_same(family):
 @pytest.mark.parametrize('family', TINY)
 def test_batch_size_does_not_matter(family):
     dense = tiny_model(family)
-    runs = [prune(dense, windows(7), FASP(units=BOTH, batch_size=b), .25) for b in (1, 3, 8)]
+    runs = [prune(dense, windows(7), FASP(units=BOTH), .25, run=Run(batch_size=b)) for b in (1, 3, 8)]
     for small, plan in runs[1:]:
         assert plan.kept == runs[0][1].kept
         assert close(logits(small), logits(runs[0][0]), 1e-4)
@@ -206,7 +207,7 @@ def test_batch_size_does_not_matter(family):
 @pytest.mark.parametrize('family', ['llama', 'opt', 'gpt2'])
 def test_device_by_device_is_the_same(family):
     dense = tiny_model(family)
-    (a, p), (b, q) = (prune(dense, windows(), FASP(units=BOTH, device=d), .2) for d in (None, 'cpu'))
+    (a, p), (b, q) = (prune(dense, windows(), FASP(units=BOTH), .2, run=Run(device=d)) for d in (None, 'cpu'))
     assert p.kept == q.kept and p.scores == q.scores and torch.equal(logits(a), logits(b))
 
 
@@ -294,7 +295,7 @@ def test_what_is_refused(inplace, change, call, message):
 
 @pytest.mark.parametrize('batch_size', [0, -1])
 def test_a_batch_has_at_least_one_window(batch_size):
-    with pytest.raises(ValueError, match='(?i)batch'): prune(tiny_model('llama'), windows(2, 16), FASP(batch_size=batch_size), .2)
+    with pytest.raises(ValueError, match='(?i)batch'): prune(tiny_model('llama'), windows(2, 16), FASP(), .2, run=Run(batch_size=batch_size))
 
 
 def test_an_unknown_setting_and_empty_windows():
@@ -317,7 +318,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
 def test_names_and_defaults():
     m = as_method('fasp')
     assert type(m) is FASP and m == FASP() and METHODS['fasp'] is FASP and as_method(m) is m
-    assert m.settings() == dict(units=['mlp_channel'], restore=True, damp=None, towards='weights', batch_size=8, device=None, spare=[0, 0])
+    assert m.settings() == dict(units=['mlp_channel'], restore=True, damp=None, towards='weights', ridge='mean', spare=[0, 0])
     small, plan = prune(tiny_model('llama'), windows(2, 16), 'fasp')
     assert (plan.method, plan.sparsity, plan.settings) == ('fasp', .2, m.settings()) and plan.calibration == repr(windows(2, 16))
     assert random_tokens(small, 2, 8).ids.max() < 97
@@ -331,7 +332,7 @@ def test_scores_are_sums_over_columns():
     assert torch.allclose(s, torch.stack([W[:, j].abs().sum()*X[:, j].norm() for j in range(48)]), rtol=1e-5)
     c = couplings(tiny_model('llama'), 'value_channel')[0]
     expected = [sum(s[(3*k + q)*8 + i] for q in range(3)) for k in range(2) for i in range(8)]
-    assert torch.allclose(unit_scores(c, s), torch.stack(expected), rtol=1e-5)
+    assert torch.allclose(Visit(None, c).per_unit(s), torch.stack(expected), rtol=1e-5)
     assert column_scores(W.bfloat16(), X.T @ X).dtype == torch.float32
     assert column_scores(W, -torch.eye(48)).isfinite().all()                                 # rounding may leave a negative square
 

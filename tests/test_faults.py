@@ -94,15 +94,15 @@ def test_killed_while_replacing(models, tmp_path):
     assert seen == {.1, .3}
 
 
-LOGS = dict(bonsai=('log', dict(evaluations=8)), surgeon=('state', dict(shots=2, rounds=1)), recipe=('log', dict(shares=[.5])))
+LOGS = dict(bonsai=dict(evaluations=8), surgeon=dict(shots=2, rounds=1), recipe=dict(shares=[.5]))
 
 @needs_fork
 @pytest.mark.parametrize('method', LOGS)
-@pytest.mark.fault('A run with a `log` or a `state` is killed while it writes there', 'The same command goes on, and ends with the plan of a run that nobody killed.')
+@pytest.mark.fault('A run with a `log` is killed while it writes there', 'The same command goes on, and ends with the plan of a run that nobody killed.')
 def test_killed_while_keeping_a_log(method, models, tmp_path):
-    root, key, settings = tmp_path/'root', *LOGS[method]
+    root, settings = tmp_path/'root', LOGS[method]
     root.mkdir()
-    command = lambda out, file: main(prune(models/'dense', out, '--force', '--method', method, '--settings', json.dumps({**settings, key: str(file)})))
+    command = lambda out, file: main(prune(models/'dense', out, '--force', '--method', method, '--settings', json.dumps(settings), '--log', file))
     assert command(tmp_path/'whole', tmp_path/'other') == 0
     kept = lambda folder: PrunePlan.load(folder/'plan.json').kept
     def check():
@@ -299,7 +299,7 @@ def test_disk_fills_up(models, small_disk, tmp_path, monkeypatch, capsys):
 @pytest.mark.fault('The disk of a `log` is full', 'One sentence and exit code 2.')
 def test_log_on_a_full_disk(models, small_disk, tmp_path, capsys):
     (small_disk/'filler').write_bytes(b'x'*os.statvfs(small_disk).f_bavail*os.statvfs(small_disk).f_bsize)
-    assert main(prune(models/'dense', tmp_path/'small', '--method', 'bonsai', '--settings', json.dumps(dict(evaluations=8, log=str(small_disk/'log'))))) == 2
+    assert main(prune(models/'dense', tmp_path/'small', '--method', 'bonsai', '--settings', json.dumps(dict(evaluations=8)), '--log', small_disk/'log')) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith('error: ') and not (tmp_path/'small').exists()
 
 
@@ -307,22 +307,22 @@ def unwritable(tmp_path): return dict(file=tmp_path/'a file'/'small', long=tmp_p
 
 
 @pytest.mark.parametrize('where', ['file', 'long'])
-@pytest.mark.fault('`--out` cannot be made: read-only, a name too long, a parent that is a file', 'Refused before anything is loaded or measured. The same for `log`, `state` and the results of `bench`.')
+@pytest.mark.fault('`--out` cannot be made: read-only, a name too long, a parent that is a file', 'Refused before anything is loaded or measured. The same for `log` and the results of `bench`.')
 def test_places_that_cannot_be(where, models, tmp_path, grid, untouched, capsys):
     (tmp_path/'a file').touch()
     place = unwritable(tmp_path)[where]
     commands = [prune(models/'dense', place), ['bench', str(grid), '--out', str(place)]]
-    commands += [prune(models/'dense', tmp_path/'x', '--method', m, '--settings', json.dumps({k: str(place)})) for m, (k, _) in LOGS.items()]
+    commands += [prune(models/'dense', tmp_path/'x', '--method', m, '--log', place) for m in LOGS]
     for command in commands:
         assert main(command) == 2, command
         assert capsys.readouterr().err.splitlines()[-1].startswith('error: ')
     assert [n for n in names(tmp_path) if n != 'home'] == ['a file', 'grid.yml']
 
 
-@pytest.mark.fault('`--out` cannot be made: read-only, a name too long, a parent that is a file', 'Refused before anything is loaded or measured. The same for `log`, `state` and the results of `bench`.')
+@pytest.mark.fault('`--out` cannot be made: read-only, a name too long, a parent that is a file', 'Refused before anything is loaded or measured. The same for `log` and the results of `bench`.')
 def test_read_only_places(models, read_only, tmp_path, grid, untouched):
     for command in (prune(models/'dense', read_only/'small'), ['bench', str(grid), '--out', str(read_only)]): assert main(command) == 2
-    assert main(prune(models/'dense', tmp_path/'x', '--method', 'recipe', '--settings', json.dumps(dict(log=str(read_only/'log'))))) == 2
+    assert main(prune(models/'dense', tmp_path/'x', '--method', 'recipe', '--log', read_only/'log')) == 2
 
 
 @pytest.mark.parametrize('what', ['thesis', 'input', 'above', 'more'])
@@ -409,16 +409,16 @@ def test_no_code_runs_unasked(kind, models, tmp_path, tiny_tokenizer, modules, g
     assert sprung.exists() == (kind in ('foreign', 'known type'))
 
 
-@pytest.mark.fault('A `state` or `log` was written by somebody else, damaged, or laid as a trap', 'One sentence and exit code 2; nothing in it is run.')
+@pytest.mark.fault('A `log` was written by somebody else, damaged, or laid as a trap', 'One sentence and exit code 2; nothing in it is run.')
 def test_damaged_logs(models, tmp_path, capsys):
     sprung, file = tmp_path/'sprung', tmp_path/'file'
     def trap():
         torch.save(Trap(sprung), file)
     texts = [b'', b'{"key": 5}', b'[]', b'null', b'5', b'{"key": {}}\n', b'\xff\xfe\x00', b'{"key": {}, "probes": 5}', b'['*10**5, b'{"bonsai": 1}\n{"round": 0}\n']
-    for method, (key, settings) in LOGS.items():
+    for method, settings in LOGS.items():
         for content in [*texts, trap, lambda: torch.save([1], file), lambda: torch.save(dict(key=5), file), lambda: torch.save(dict(key={}, weights=5), file)]:
             content() if callable(content) else file.write_bytes(content)
-            code = main(prune(models/'dense', tmp_path/'small', '--force', '--method', method, '--settings', json.dumps({**settings, key: str(file)})))
+            code = main(prune(models/'dense', tmp_path/'small', '--force', '--method', method, '--settings', json.dumps(settings), '--log', file))
             said = capsys.readouterr().err.splitlines()[-1]
             assert code == 2 and str(file) in said or content == b'' and code in (0, 2), (method, content, said)
             assert not sprung.exists()
@@ -496,7 +496,7 @@ def test_settings_of_wrong_types(tmp_path, monkeypatch, capsys):
         for key in as_method(name).settings():
             for value in [*JUNK, float('nan'), 10**400, '\x00']:
                 quiet(['prune', 'm', '--out', tmp_path/'x', '--method', name, '--settings', json.dumps({key: value})], capsys, (2,))
-    for method, settings in dict(recipe='{"units": 5}', fasp='{"batch_size": true}', flap='{"units": [5]}').items():
+    for method, settings in dict(recipe='{"units": 5}', fasp='{"restore": 5}', flap='{"units": [5]}').items():
         quiet(['prune', 'm', '--out', tmp_path/'x', '--method', method, '--settings', settings], capsys, (2,))
         main(['prune', 'm', '--out', str(tmp_path/'x'), '--method', method, '--settings', settings])
         assert 'loaded' not in capsys.readouterr().err, settings
@@ -535,14 +535,17 @@ def test_grids_of_wrong_types(grid, tmp_path, capsys):
 
 @pytest.mark.fault('A committed result, or the new one, holds NaN or lacks a number', '`bench --check` fails.')
 def test_no_number_is_no_agreement():
-    record = lambda value, stderr=1., share=.2: dict(true_sparsity=share, quality=dict(passages=dict(perplexity=dict(value=value, stderr=stderr))))
+    record = lambda value, stderr=1., share=.2: dict(true_sparsity=share, perplexity=dict(after=dict(value=value, stderr=stderr)))
     assert compare(record(40.), record(40.5)) == [] and len(compare(record(40.), record(42.))) == 1
     for wrong in (math.nan, math.inf, None, 'x', True):
         assert len(compare(record(40.), record(wrong))) == 1 and len(compare(record(wrong), record(40.))) == 1 and len(compare(record(wrong), record(wrong))) == 1
         assert len(compare(record(40.), record(40., share=wrong))) == 1
     assert len(compare(record(40., math.nan), record(40.))) == 1
-    for missing in ({}, dict(quality={}), dict(quality=None), dict(quality=dict(passages={})), dict(quality=5), []):
+    for missing in ({}, dict(perplexity={}), dict(perplexity=None), dict(perplexity=dict(after={})), dict(perplexity=5), []):
+        missing = {'true_sparsity': .2, **missing} if isinstance(missing, dict) else missing
         assert compare(record(40.), missing) and compare(missing, record(40.))
+    two = {**record(40.), 'other_texts': dict(passages=record(50.))}
+    assert compare(two, two) == [] and len(compare(two, record(40.))) == 1 and len(compare(record(40.), two)) == 1
 
 
 @pytest.mark.fault('A result of `bench` is damaged', 'It is named, and nothing is measured.')
@@ -603,7 +606,7 @@ def test_the_page_shows_the_marks_of_today():
     sources = [''.join(c['source']) for c in cells]
     page = {}
     for source in sources:
-        if source.startswith(('import ast', 'def faults')): exec(source, page)
+        if source.startswith(('import ast', 'def marks')): exec(source, page)
     shown = [''.join(o['data'].get('text/markdown', '')) for c, s in zip(cells, sources) if 'Markdown(table(' in s for o in c['outputs']]
     rows = [f'| {fault} | {outcome} |' for fault, outcome in page['faults'](tests)]
     assert len(shown) == 1 and shown[0].splitlines()[2:] == rows and len(rows) > 20

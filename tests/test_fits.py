@@ -13,7 +13,7 @@ from prunebook.fasp import FASP
 from prunebook.methods import as_method
 from prunebook.pruning import prune
 from prunebook.models import write_manifest
-from prunebook.save import fits_stock_class, layout, load_pruned, pruned_class, save_pruned, stock_class, upgraded
+from prunebook.save import _stock_class, fits_stock_class, layout, load_pruned, pruned_class, save_pruned, upgraded
 from prunebook.text import Windows
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
@@ -57,7 +57,7 @@ def test_every_head_count(family, left, tmp_path):
     assert {b.heads for b in anatomy(m)} == {left}
     if survives(m, None, tmp_path/'x'): return
     plain = AutoModelForCausalLM.from_pretrained(tmp_path/'x').eval()                         # no trust_remote_code
-    assert type(plain) is stock_class(m) and torch.equal(logits(plain), logits(m))
+    assert type(plain) is _stock_class(m) and torch.equal(logits(plain), logits(m))
 
 
 # ---- nothing missing, nothing unknown -------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_folders_of_version_0_1_can_be_read(family, tmp_path):
     old = AutoConfig.for_model(**cfg)
     assert upgraded(new) == new and upgraded(found) is not found
     old.pruned = upgraded(found)
-    again = pruned_class(stock_class(m)).from_pretrained(folder, config=old).eval()
+    again = pruned_class(_stock_class(m)).from_pretrained(folder, config=old).eval()
     assert (logits(again) - logits(m)).abs().max() <= 1e-5*logits(m).abs().max()
 
 
@@ -137,7 +137,7 @@ def test_our_own_class_needs_no_file(tmp_path):
     m = ragged(('value_channel', 'mlp_channel'))
     folder = save_pruned(m, None, tmp_path/'x')
     (folder/'modeling_pruned.py').write_text('raise SystemExit')
-    again = pruned_class(stock_class(m)).from_pretrained(folder).eval()
+    again = pruned_class(_stock_class(m)).from_pretrained(folder).eval()
     assert torch.equal(logits(again), logits(m)) and survives(again, None, tmp_path/'again')
 
 

@@ -12,8 +12,8 @@ import torch
 from helpers import tiny_model
 from prunebook.couplings import couplings
 from prunebook.depth2 import removal_order
-from prunebook.interactive import (Figure, choice, coupling_figure, game_figure, heads_figure, measure_couplings, measure_game, measure_heads,
-                                   measure_sparsities, slider, sparsity_figure, threshold_figure)
+from prunebook.interactive import (Figure, _choice, _slider, coupling_figure, game_figure, heads_figure, measure_couplings, measure_game, measure_heads,
+                                   measure_sparsities, sparsity_figure, threshold_figure)
 from prunebook.text import random_tokens
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -154,7 +154,7 @@ def test_ids_differ_and_text_is_escaped():
     ids = [e['attributes']['id'] for f in (a, b) for e in Elements(f.html).found if 'id' in e['attributes']]
     assert len(ids) == len(set(ids)) == 2
     assert a.html.count('</script>') == 1 and 'secret' not in b.html
-    assert '&lt;i&gt;' in Figure('heads', '<i>', slider('tau', '<i>', 0, 1, 0) + choice('x', '<i>', {1: '<i>'}), {}, '<i>').html
+    assert '&lt;i&gt;' in Figure('heads', '<i>', _slider('tau', '<i>', 0, 1, 0) + _choice('x', '<i>', {1: '<i>'}), {}, '<i>').html
     assert repr(a).startswith('Interactive figure: Perplexity')
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from prunebook import couplings as couplings_module
 from prunebook.couplings import Family, couplings, slice_units
-from prunebook.load import load_ours, read_weights
+from prunebook.load import _read_weights, load_ours
 from prunebook.models import MANIFEST, TINY, load_model, write_manifest
 from prunebook.save import load_pruned, save_pruned
 
@@ -223,7 +223,7 @@ def test_weights_in_several_files(tmp_path, tiny_tokenizer):
     for p in whole.iterdir():
         if p.name not in (MANIFEST, 'model.safetensors'): (tmp_path/'parts'/p.name).write_bytes(p.read_bytes())
     write_manifest(tmp_path/'parts')
-    assert len(list((tmp_path/'parts').glob('*.safetensors'))) > 3 and read_weights(tmp_path/'parts').keys() == read_weights(whole).keys()
+    assert len(list((tmp_path/'parts').glob('*.safetensors'))) > 3 and _read_weights(tmp_path/'parts').keys() == _read_weights(whole).keys()
     assert torch.equal(logits(load_pruned(tmp_path/'parts', device='cpu')[0]), logits(m))
 
 

@@ -12,7 +12,7 @@ from prunebook import plan as plan_module
 from prunebook.couplings import Coupling, check_kept, couplings, slice_units
 from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
-from prunebook.plan import PrunePlan, bundles, check_sparsity, global_steps, keep_after, model_fingerprint, tensor_sums, uniform_steps, write_atomic
+from prunebook.plan import PrunePlan, bundles, check_sparsity, global_steps, keep_after, model_fingerprint, _tensor_sums, uniform_steps, write_atomic
 from prunebook.save import load_pruned, save_pruned
 from prunebook.scores import Random
 from prunebook.text import random_tokens
@@ -436,8 +436,8 @@ def test_sums_of_a_tensor_see_one_change_anywhere(n, seed, size, scale):
     x = (torch.randn(n, generator=gen)*scale).bfloat16().float()
     y = x.clone()
     y[int(torch.randint(n, (1,), generator=gen))] += 1
-    assert tensor_sums(x, size) == tensor_sums(x.bfloat16(), size) == tensor_sums(x.bfloat16().half(), size) != tensor_sums(y, size)
-    assert tensor_sums(torch.stack([x, y], 1)[:, 0], size) == tensor_sums(x, size)         # whatever its strides
+    assert _tensor_sums(x, size) == _tensor_sums(x.bfloat16(), size) == _tensor_sums(x.bfloat16().half(), size) != _tensor_sums(y, size)
+    assert _tensor_sums(torch.stack([x, y], 1)[:, 0], size) == _tensor_sums(x, size)         # whatever its strides
 
 
 def test_a_plan_with_wrong_units_changes_nothing():

@@ -22,7 +22,7 @@ from prunebook.couplings import NarrowValues, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.pruning import prune
 from prunebook.models import MANIFEST, TINY, is_complete, load_model, reserved_folder, verify, write_manifest
-from prunebook.save import fits_stock_class, load_pruned, modeling_source, narrow_config, save_pruned, stock_class
+from prunebook.save import _modeling_source, _narrow_config, _stock_class, fits_stock_class, load_pruned, save_pruned
 from prunebook.text import Windows
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
@@ -83,7 +83,7 @@ def test_bit_for_bit(family, variant, tmp_path):
     assert (tmp_path/'saved'/'modeling_pruned.py').exists() != stock
     plain = AutoModelForCausalLM.from_pretrained(tmp_path/'saved', dtype='auto', trust_remote_code=not stock)
     assert torch.equal(logits(plain.eval()), logits(m))    # by way of the modelling file
-    assert type(again).__module__.startswith('transformers.models.') == stock and stock_class(again) is type(tiny_model(family))
+    assert type(again).__module__.startswith('transformers.models.') == stock and _stock_class(again) is type(tiny_model(family))
     assert [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(again)] == [(b.heads, b.kv_heads, b.value_dim, b.mlp_width) for b in anatomy(m)]
 
 
@@ -116,7 +116,7 @@ def test_uniform_widths_are_an_ordinary_model(family, tmp_path):
     cfg = json.loads((tmp_path/'saved'/'config.json').read_text())
     assert cfg['architectures'] == [type(m).__name__] and not {'auto_map', 'pruned'} & cfg.keys() and 'prunebook' not in json.dumps(cfg)
     assert not list((tmp_path/'saved').glob('*.py'))
-    assert narrow_config(m).to_dict() != m.config.to_dict() and anatomy(m)[0].mlp_width == 23 != 37
+    assert _narrow_config(m).to_dict() != m.config.to_dict() and anatomy(m)[0].mlp_width == 23 != 37
 
 
 def test_two_folders_of_one_name_do_not_mix(tmp_path):
@@ -205,7 +205,7 @@ def test_loaded_bridges_are_recognised(tmp_path):
 
 def test_modelling_source_is_python_without_this_package():
     for family in TINY:
-        source = modeling_source(tiny_model(family))
+        source = _modeling_source(tiny_model(family))
         compile(source, 'modeling_pruned.py', 'exec')
         assert 'import prunebook' not in source and 'from prunebook' not in source
 

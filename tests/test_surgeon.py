@@ -9,11 +9,11 @@ from prunebook import surgeon as module
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.curvature import Factors, curvature, damped_inverse
 from prunebook.evaluate import window_losses
-from prunebook.methods import as_method
+from prunebook.methods import Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import restore_columns
-from prunebook.surgeon import (CRITERIA, Surgeon, correct, dead_units, drop_dead, living, living_inverses, load_state, loss_slopes, low_rank_step, remove_rows, remove_structures, remove_units, row_costs,
+from prunebook.surgeon import (CRITERIA, Surgeon, adapt_to_loss, correct, dead_units, drop_dead, living, living_inverses, load_state, loss_slopes, low_rank_step, remove_rows, remove_structures, row_costs,
                                save_state, set_weight, structure_costs, structured_threshold, unit_costs, with_bias, zero_share, zero_structures)
 from prunebook.text import Windows
 
@@ -210,10 +210,16 @@ def test_query_heads():
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'phi'])
 def test_without_update_the_kept_weights_are_the_old_ones(family):
     dense = tiny_model(family)
-    small, plan = prune(dense, windows(), Surgeon(update='none', shots=2), .2)
+    small, plan = prune(dense, windows(), Surgeon(restore=False, shots=2), .2)
     again = slice_units(copy.deepcopy(dense), plan.kept)
     assert same(again, snapshot(small))
     with masked(dense, plan.kept): assert torch.allclose(logits(dense), logits(small), atol=1e-4)
+
+
+def remove_units(model, coupling, kept, *more):
+    "Let the rest adapt, then slice."
+    adapt_to_loss(model, coupling, kept, *more)
+    slice_units(model, {coupling.name: kept})
 
 
 @pytest.mark.parametrize('family', ['llama', 'opt'])
@@ -281,7 +287,7 @@ def test_fresh_windows_are_shared_out(monkeypatch):
     with pytest.raises(ValueError, match='2 windows cannot be shared out among 3 shots'): prune(tiny_model('llama'), windows(2), Surgeon(shots=3, fresh=True), .2)
 
 
-@pytest.mark.parametrize('options', [{}, dict(cost='tied', update='tied')])
+@pytest.mark.parametrize('options', [{}, dict(cost='tied', restore='tied')])
 def test_kept_inverses_change_nothing(options):
     dense = tiny_model('llama')
     one, two = (prune(dense, windows(), Surgeon(units=UNITS[2], shots=2, reuse=r, **options), .3) for r in (True, False))
@@ -380,7 +386,7 @@ class Stop(Exception): pass
 @pytest.mark.parametrize('at', [1, 2])
 def test_an_interrupted_run_goes_on(family, units, at, tmp_path, monkeypatch):
     dense, w, file = tiny_model(family), windows(), str(tmp_path/'run.pt')
-    method = Surgeon(units=units, shots=3, state=file)
+    method, run = Surgeon(units=units, shots=3), Run(log=file)
     whole, plan = prune(dense, w, Surgeon(units=units, shots=3), .2)
     shot, calls = Surgeon.shot, []
     def failing(*args):
@@ -388,13 +394,13 @@ def test_an_interrupted_run_goes_on(family, units, at, tmp_path, monkeypatch):
         if len(calls) > at: raise Stop
         return shot(*args)
     monkeypatch.setattr(Surgeon, 'shot', failing)
-    with pytest.raises(Stop): prune(dense, w, method, .2)
+    with pytest.raises(Stop): prune(dense, w, method, .2, run=run)
     monkeypatch.setattr(Surgeon, 'shot', lambda *args: (calls.append(1), shot(*args))[1])
     calls.clear()
-    again, second = prune(dense, w, method, .2)
+    again, second = prune(dense, w, method, .2, run=run)
     assert len(calls) == 3 - at and second.kept == plan.kept and second.scores == plan.scores and same(again, snapshot(whole))
     calls.clear()
-    assert same(prune(dense, w, method, .2)[0], snapshot(whole)) and not calls               # a finished run is only read
+    assert same(prune(dense, w, method, .2, run=run)[0], snapshot(whole)) and not calls               # a finished run is only read
     assert [p.name for p in tmp_path.iterdir()] == ['run.pt']
 
 
@@ -412,15 +418,15 @@ def test_a_zeroing_run_goes_on(tmp_path, monkeypatch):
 
 def test_a_foreign_state_is_refused(tmp_path):
     dense, w, file = tiny_model('llama'), windows(), str(tmp_path/'run.pt')
-    prune(dense, w, Surgeon(shots=1, state=file), .1)
+    prune(dense, w, Surgeon(shots=1), .1, run=Run(log=file))
     before = open(file, 'rb').read()
     for other, calibration, sparsity, word in [(dense, windows(seed=1), .1, 'calibration'), (dense, w, .2, 'sparsity'), (tiny_model('llama', seed=1), w, .1, 'model')]:
-        with pytest.raises(ValueError, match=f'belongs to another run: {word} differ'): prune(other, calibration, Surgeon(shots=1, state=file), sparsity)
-    with pytest.raises(ValueError, match='damp differ'): prune(dense, w, Surgeon(shots=1, damp=.2, state=file), .1)
+        with pytest.raises(ValueError, match=f'belongs to another run: {word} differ'): prune(other, calibration, Surgeon(shots=1), sparsity, run=Run(log=file))
+    with pytest.raises(ValueError, match='damp differ'): prune(dense, w, Surgeon(shots=1, damp=.2), .1, run=Run(log=file))
     with pytest.raises(ValueError, match='another run'): zero_structures(copy.deepcopy(dense), w, .1, state=file)
     assert open(file, 'rb').read() == before
     (tmp_path/'junk').write_text('junk')
-    with pytest.raises(ValueError, match='not a state'): prune(dense, w, Surgeon(shots=1, state=str(tmp_path/'junk')), .1)
+    with pytest.raises(ValueError, match='not a state'): prune(dense, w, Surgeon(shots=1), .1, run=Run(log=str(tmp_path/'junk')))
     assert load_state(None, {}) is None and load_state(tmp_path/'none', {}) is None
 
 
@@ -479,8 +485,8 @@ def test_refusals():
     with pytest.raises(ValueError, match='Unknown criterion'): zero_structures(m, w, .2, 'obd')
     with pytest.raises(ValueError, match='sparsity is 0'): zero_structures(m, w, 0)
     with pytest.raises(ValueError, match='shots is 0'): zero_structures(m, w, .2, shots=0)
-    for kw, word in [(dict(shots=0), 'shots is 0'), (dict(rounds=1.5), 'rounds is 1.5'), (dict(cost='x'), "cost is 'x'"), (dict(update='x'), "update is 'x'"),
-                     (dict(damp=-1), 'damp is -1'), (dict(correction=-1), 'correction is -1'), (dict(damp=None), 'damp is None'), (dict(batch_size=0), 'batch_size is 0')]:
+    for kw, word in [(dict(shots=0), 'shots is 0'), (dict(rounds=1.5), 'rounds is 1.5'), (dict(cost='x'), "cost is 'x'"), (dict(restore='x'), "restore is 'x'"),
+                     (dict(damp=-1), 'damp is -1'), (dict(correction=-1), 'correction is -1'), (dict(damp=None), 'damp is None')]:
         with pytest.raises(ValueError, match=word): prune(m, w, Surgeon(**kw), .2)
     with pytest.raises(ValueError, match='cannot be reached'): prune(m, w, Surgeon(), .99)
 
