@@ -365,7 +365,7 @@ def test_single_weights_go_through_it_too():
     from prunebook.elements import sparsify_elements, sparsify_shots
     with OnlyByTheHelper():
         sparsify_elements(tiny_model('llama', num_hidden_layers=1), windows(4, 16), .3, steps=0)
-        sparsify_shots(tiny_model('llama', num_hidden_layers=1), windows(4, 16), .3, shots=1, update='chunks', size=50)
+        sparsify_shots(tiny_model('llama', num_hidden_layers=1), windows(4, 16), .3, shots=1, restore='chunks', size=50)
 
 
 def test_as_double_moves_what_the_device_cannot_hold(monkeypatch):

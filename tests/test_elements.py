@@ -12,6 +12,7 @@ from prunebook.couplings import slice_units, weight_of
 from prunebook.curvature import curvature, optimal_removal
 from prunebook.elements import (element_costs, element_products, elements_work, keep_strongest, one_threshold, prune_elements, refit_kept, remove_in_chunks, remove_together, ridged, same_share,
                                 sparsify_elements, sparsify_shots, split_weights)
+from prunebook.methods import Run
 from prunebook.models import TINY, decoder_linears
 from prunebook.scores import sparsify, wanda_mask, with_bias, zeros_among
 from prunebook.text import Windows
@@ -293,7 +294,8 @@ def test_every_matrix_is_pruned_on_the_inputs_it_will_see(family):
 def test_batches_do_not_matter():
     m, w = tiny_model('qwen2'), windows()
     a, b = copy.deepcopy(m), copy.deepcopy(m)
-    sparsify_elements(a, w, n=2, m=4); sparsify_elements(b, w, n=2, m=4, batch_size=2)
+    sparsify_elements(a, w, n=2, m=4)
+    sparsify_elements(b, w, n=2, m=4, run=Run(batch_size=2))
     assert (logits(a) - logits(b)).norm() < .02*logits(m).norm()
 
 
@@ -322,7 +324,8 @@ def test_shots_on_every_family(family, pattern):
 def test_chunks_of_everything_are_the_joint_update():
     m, w = tiny_model('llama'), windows()
     a, b = copy.deepcopy(m), copy.deepcopy(m)
-    sparsify_shots(a, w, .2, shots=1, iterations=300); sparsify_shots(b, w, .2, shots=1, update='chunks', size=10**6)
+    sparsify_shots(a, w, .2, shots=1, iterations=300)
+    sparsify_shots(b, w, .2, shots=1, restore='chunks', size=10**6)
     for n, l in decoder_linears(a).items():
         other = b.get_submodule(n)
         assert torch.equal(l.weight == 0, other.weight == 0) and torch.allclose(l.weight, other.weight, atol=.03*l.weight.abs().max().item())
@@ -340,7 +343,7 @@ def test_refusals_before_any_work(f, bad, message):
 
 @pytest.mark.parametrize('f,bad,message', [(sparsify_elements, dict(allocation='global'), 'needs factors'), (sparsify_elements, dict(allocation='fair'), 'allocation is'),
                                            (sparsify_elements, dict(factors={}), 'nothing that fits'),
-                                           (sparsify_shots, dict(shots=0), 'shots is'), (sparsify_shots, dict(update='magic'), 'Unknown update')])
+                                           (sparsify_shots, dict(shots=0), 'shots is'), (sparsify_shots, dict(restore='magic'), "restore is 'magic'")])
 def test_other_refusals(f, bad, message):
     m = tiny_model('llama')
     state = snapshot(m)
