@@ -273,8 +273,9 @@ def test_dead_units_leave_first():
 def test_the_update_helps(family):
     "On what it was calibrated on, with many units gone, adapting keeps the logits nearer."
     dense, w = tiny_model(family), windows(24, 24)
-    off = {u: (logits(prune(dense, w, Surgeon(update=u), .3)[0], w) - logits(dense, w)).norm() for u in ('none', 'second')}
-    assert off['second'] < off['none']
+    small = {r: prune(dense, w, Surgeon(restore=r), .3)[0] for r in (True, False)}
+    off = {r: (logits(m, w) - logits(dense, w)).norm() for r, m in small.items()}
+    assert off[True] < off[False]
 
 
 def test_fresh_windows_are_shared_out(monkeypatch):
@@ -288,12 +289,13 @@ def test_fresh_windows_are_shared_out(monkeypatch):
 
 
 @pytest.mark.parametrize('options', [{}, dict(cost='tied', restore='tied')])
-def test_kept_inverses_change_nothing(options):
+def test_less_memory_changes_nothing(options):
     dense = tiny_model('llama')
-    one, two = (prune(dense, windows(), Surgeon(units=UNITS[2], shots=2, reuse=r, **options), .3) for r in (True, False))
+    method = Surgeon(units=UNITS[2], shots=2, **options)
+    one, two = (prune(dense, windows(), method, .3, run=Run(lean=lean)) for lean in (False, True))
     assert one[1].kept == two[1].kept and same(one[0], snapshot(two[0]))
     one, two = tiny_model('gpt2'), tiny_model('gpt2')
-    for m, r in ((one, True), (two, False)): zero_structures(m, windows(), .3, shots=2, reuse=r)
+    for m, lean in ((one, False), (two, True)): zero_structures(m, windows(), .3, shots=2, run=Run(lean=lean))
     assert same(one, snapshot(two))
 
 
@@ -405,15 +407,16 @@ def test_an_interrupted_run_goes_on(family, units, at, tmp_path, monkeypatch):
 
 
 def test_a_zeroing_run_goes_on(tmp_path, monkeypatch):
-    w, file = windows(), tmp_path/'new folder'/'run.pt'
+    w, run = windows(), Run(log=str(tmp_path/'new folder'/'run.pt'))
     whole = tiny_model('llama')
     share = zero_structures(whole, w, .3, shots=3)
     def stop(shot):
         if shot == 2: raise Stop
-    with pytest.raises(Stop): zero_structures(tiny_model('llama'), w, .3, shots=3, state=file, report=stop)
+    with pytest.raises(Stop): zero_structures(tiny_model('llama'), w, .3, shots=3, report=stop, run=run)
     again = tiny_model('llama')
     reports = []
-    assert zero_structures(again, w, .3, shots=3, state=file, report=reports.append) == share and same(again, snapshot(whole)) and reports == [3]
+    assert zero_structures(again, w, .3, shots=3, report=reports.append, run=run) == share
+    assert same(again, snapshot(whole)) and reports == [3]
 
 
 def test_a_foreign_state_is_refused(tmp_path):
@@ -423,7 +426,7 @@ def test_a_foreign_state_is_refused(tmp_path):
     for other, calibration, sparsity, word in [(dense, windows(seed=1), .1, 'calibration'), (dense, w, .2, 'sparsity'), (tiny_model('llama', seed=1), w, .1, 'model')]:
         with pytest.raises(ValueError, match=f'belongs to another run: {word} differ'): prune(other, calibration, Surgeon(shots=1), sparsity, run=Run(log=file))
     with pytest.raises(ValueError, match='damp differ'): prune(dense, w, Surgeon(shots=1, damp=.2), .1, run=Run(log=file))
-    with pytest.raises(ValueError, match='another run'): zero_structures(copy.deepcopy(dense), w, .1, state=file)
+    with pytest.raises(ValueError, match='another run'): zero_structures(copy.deepcopy(dense), w, .1, run=Run(log=file))
     assert open(file, 'rb').read() == before
     (tmp_path/'junk').write_text('junk')
     with pytest.raises(ValueError, match='not a state'): prune(dense, w, Surgeon(shots=1), .1, run=Run(log=str(tmp_path/'junk')))
