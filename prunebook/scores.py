@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Random', 'with_bias', 'module_names', 'unit_sums', 'Magnitude', 'check_pattern', 'wanda_mask', 'linears_to_sparsify',
            'zeros_among', 'sparsify', 'WandaSp', 'channel_moments', 'fluctuation', 'standard_scores',
-           'constant_weights', 'FLAP', 'lost_mean', 'fold_mean', 'add_bias', 'loss_gradients', 'weight_times_gradient',
-           'Taylor', 'scored_work']
+           'constant_weights', 'lost_mean', 'add_bias', 'bias_mean', 'fold_mean', 'FLAP', 'loss_gradients',
+           'weight_times_gradient', 'Taylor', 'scored_work']
 
 # %% ../nbs/10_scores.ipynb #099785c8
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def unit_sums(
     coupling, # the coupling
     matrices, # by module name: a number for each weight, laid out as `with_bias`
 ):
-    "For each unit, the absolute sum of every row of its firsts and every column of its second, added up; (units,)."
+    "For each unit, the absolute sums of the rows of its firsts and of the columns of its second; (units,)."
     rows = sum(matrices[n][t].sum(2).abs().sum(1) for n, t in coupling.firsts)              # t: (units, rows)
     name, columns = coupling.second                        # columns: (units, columns)
     return (rows + matrices[name][:, columns].sum(0).abs().sum(1)).cpu()
@@ -80,9 +80,14 @@ def check_pattern(
 ):
     "Raises `ValueError` unless exactly one pattern is given and fits a row of so many columns."
     if (sparsity is None) == (n is None and m is None): raise ValueError('Give either sparsity, or n and m.')
-    if sparsity is not None and not 0 <= sparsity < 1: raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.5.')
-    if sparsity is None and not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m): raise ValueError(f'n and m are {n} and {m}; n of m weights stay, for example 2 of 4.')
-    if sparsity is None and columns % m: raise ValueError(f'Rows of {columns} weights do not divide into groups of {m}; choose an m that divides {columns}.')
+    if sparsity is not None:
+        if 0 <= sparsity < 1: return
+        raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.5.')
+    if not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):
+        raise ValueError(f'n and m are {n} and {m}; n of m weights stay, for example 2 of 4.')
+    if columns % m:
+        raise ValueError(f'Rows of {columns} weights do not divide into groups of {m}; '
+                         f'choose an m that divides {columns}.')
 
 # %% ../nbs/10_scores.ipynb #a05bf302
 def wanda_mask(
@@ -118,34 +123,15 @@ def zeros_among(
     linears, # linear layers by name
 ):
     "Fraction of zeros among the weights of some linears, biases left out."
-    return sum((weight_of(l) == 0).sum().item() for l in linears.values())/sum(weight_of(l).numel() for l in linears.values())
-
-# %% ../nbs/10_scores.ipynb #a2d265a1
-@torch.no_grad()
-def sparsify(
-    model, # a causal language model; weights of its decoder linears are zeroed in place, no tensor shrinks
-    windows, # calibration `Windows`
-    sparsity=None, # fraction of each row that goes
-    n=None, # or: weights that stay
-    m=None, # of so many consecutive ones
-    batch_size=8, # windows in a forward pass
-):
-    "Zero single weights by Wanda, block after block; returns the fraction of zeros among the decoder's weights. Raises `ValueError` before any work, or for inputs that are not finite."
-    linears = linears_to_sparsify(model, windows, sparsity, n, m)
-    states, calls = map(list, zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)]))
-    for b in tqdm(anatomy(model), desc='Wanda', leave=False):
-        inside = [l for name, l in linears.items() if name.startswith(b.name + '.')]
-        norms = _input_norms(inside, lambda: _forward_block(model, b, states, calls))
-        for x in norms: check_numbers(x, f'norms of the inputs in {b.name}', model.dtype)
-        for l, x in zip(inside, norms): weight_of(l).data.mul_(wanda_mask(weight_of(l), x, sparsity, n, m))
-        states = _forward_block(model, b, states, calls)
-    return zeros_among(linears)
+    weights = [weight_of(l) for l in linears.values()]
+    return sum((W == 0).sum().item() for W in weights)/sum(W.numel() for W in weights)
 
 # %% ../nbs/10_scores.ipynb #cfd9364c
 def _forward_block(model, b, states, calls):
     "States after block `b`, for each batch."
-    layer, hidden = model.get_submodule(b.name), lambda out: out if isinstance(out, torch.Tensor) else out[0]
-    return [hidden(layer(x, *call[b.layer][0], **call[b.layer][1])) for x, call in zip(states, calls)]
+    layer = model.get_submodule(b.name)
+    out = [layer(x, *call[b.layer][0], **call[b.layer][1]) for x, call in zip(states, calls)]
+    return [y if isinstance(y, torch.Tensor) else y[0] for y in out]
 
 def _input_norms(linears, run):
     "Two-norm over all tokens of every input of some linears, while `run()` runs."
@@ -158,6 +144,28 @@ def _input_norms(linears, run):
     finally:
         for h in handles: h.remove()
     return [s.sqrt() for s in squares]
+
+# %% ../nbs/10_scores.ipynb #a2d265a1
+@torch.no_grad()
+def sparsify(
+    model, # a causal language model; weights of its decoder linears are zeroed in place, no tensor shrinks
+    windows, # calibration `Windows`
+    sparsity=None, # fraction of each row that goes
+    n=None, # or: weights that stay
+    m=None, # of so many consecutive ones
+    batch_size=8, # windows in a forward pass
+):
+    """Zero single weights by Wanda, block after block; returns the fraction of zeros.
+    Raises `ValueError` before any work, or for inputs that are not finite."""
+    linears = linears_to_sparsify(model, windows, sparsity, n, m)
+    states, calls = map(list, zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)]))
+    for b in tqdm(anatomy(model), desc='Wanda', leave=False):
+        inside = [l for name, l in linears.items() if name.startswith(b.name + '.')]
+        norms = _input_norms(inside, lambda: _forward_block(model, b, states, calls))
+        for x in norms: check_numbers(x, f'norms of the inputs in {b.name}', model.dtype)
+        for l, x in zip(inside, norms): weight_of(l).data.mul_(wanda_mask(weight_of(l), x, sparsity, n, m))
+        states = _forward_block(model, b, states, calls)
+    return zeros_among(linears)
 
 # %% ../nbs/10_scores.ipynb #956c0df2
 @dataclass
@@ -176,9 +184,10 @@ def channel_moments(
     X, # list of inputs, each (..., columns)
 ):
     "Mean and variance of every input over all tokens, float64, two tensors (columns,)."
-    n, X = sum(x.numel()//x.shape[-1] for x in X), [x.to(double_device(x.device)) for x in X]
-    mean = sum(x.flatten(0, -2).sum(0, dtype=torch.float64) for x in X)/n
-    return mean, sum((x.flatten(0, -2) - mean).pow(2).sum(0) for x in X)/n
+    X = [x.to(double_device(x.device)).flatten(0, -2) for x in X]   # (tokens, columns) each
+    n = sum(len(x) for x in X)
+    mean = sum(x.sum(0, dtype=torch.float64) for x in X)/n
+    return mean, sum((x - mean).pow(2).sum(0) for x in X)/n
 
 def fluctuation(
     W, # weight of the second linear, (d, f)
@@ -192,7 +201,7 @@ def standard_scores(
     coupling, # the coupling
     columns, # score of every column of its second linear, (f,)
 ):
-    "Standardised score of each unit: the mean over its columns (eq. z); where all columns are zero, less than any score can be."
+    "Standardised score of each unit (eq. z), (units,); less than any can be where all columns are zero."
     if not columns.any(): return columns.new_full((coupling.n_units,), -float(len(columns)))
     z = (columns - columns.mean())/columns.std().clamp(min=1e-300)
     columns_of = coupling.second[1].to(z.device)           # (units, columns)
@@ -207,45 +216,50 @@ def constant_weights(
     "Weights v for which vᵀx is as near to 1 as it can be (eq. fold), float64, (m,)."
     return ridge.solve(C, total[:, None])[:, 0]
 
-# %% ../nbs/10_scores.ipynb #888ff692
+# %% ../nbs/10_scores.ipynb #s10sc013
+def _target(
+    ctx, # `Context` of the run
+    biases=False, # whether second linears without a bias get one
+):
+    "Sparsity that also makes up for added biases. Raises `ValueError` if it cannot be reached."
+    seconds = [ctx.model.get_submodule(c.second[0]) for c in ctx.table]
+    added = sum(weight_of(m).shape[0] for m in seconds if m.bias is None) if biases else 0
+    target = ctx.sparsity + added/ctx.total
+    check_sparsity(target, ctx.table, ctx.total)
+    return target
+
+# %% ../nbs/10_scores.ipynb #s10sc010
 @dataclass
-class FLAP(Method):
-    "Remove what fluctuates least (eq. fluctuation), compared across matrices (eq. z), and replace it by its mean (An et al. 2024)."
-    name = 'flap'
-    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
-    restore: bool | Literal['folded', 'bias'] = 'folded' # where the lost mean goes: into kept weights or a bias; True re-fits the kept columns instead
-    square_attention: bool = True # square the scores of attention columns before they are standardised, as the published code does
+class _Fluctuations:
+    target: float # sparsity to reach
+    means: dict # mean input of every column of the second linear, by coupling name, (f,) each
+    scores: dict # standardised score of every unit, by coupling name, (units,) each
 
-    @property
-    def needs(self): return Needs(text=self.restore not in (False, 'bias'), everywhere=self.restore == 'bias')   # biases come in all blocks or in none
+def _fluctuations(
+    ctx, # `Context` of the run
+    biases=False, # whether second linears without a bias get one
+    square_attention=True, # square the scores of attention columns before they are standardised
+):
+    "What FLAP measures. Raises `ValueError` before any work for a sparsity that cannot be reached."
+    found = _Fluctuations(_target(ctx, biases), {}, {})
+    for v in ctx.look(desc='flap'):
+        mean, variance = channel_moments(v.X)
+        s = fluctuation(v.weight, variance)
+        if square_attention and v.part == 'attention': s = s**2
+        found.means[v.coupling.name] = mean
+        found.scores[v.coupling.name] = standard_scores(v.coupling, s).cpu()
+    return found
 
-    def prepare(self, ctx):
-        "Mean inputs of second linears, and standardised scores, from the dense model."
-        check_sparsity(self.target(ctx), ctx.table, ctx.total)
-        means, scores = {}, {}
-        for v in ctx.look(desc=self.name):
-            mean, variance = channel_moments(v.X)
-            s = fluctuation(v.weight, variance)
-            if self.square_attention and v.part == 'attention': s = s**2
-            means[v.coupling.name] = mean
-            scores[v.coupling.name] = standard_scores(v.coupling, s).cpu()
-        return dict(means=means, scores=scores)
+# %% ../nbs/10_scores.ipynb #s10sc027
+def _weakest_of_all(
+    ctx, # `Context` of the run
+    found, # its `_Fluctuations`
+):
+    "How many units leave each coupling, by name."
+    weighted = {c.name: found.scores[c.name]*c.cost for c in ctx.table}
+    return global_steps(ctx.table, weighted, found.target, ctx.total)
 
-    def score(self, v): return v.found['scores'][v.coupling.name]
-
-    def allocate(self, ctx):
-        weighted = {c.name: ctx.found['scores'][c.name]*c.cost for c in ctx.table}
-        return global_steps(ctx.table, weighted, self.target(ctx), ctx.total)
-
-    def repair(self, v, keep):
-        "Kept columns, with the lost mean in them or in the bias."
-        if self.restore in (True, False): return super().repair(v, keep)
-        lost = lost_mean(v.weight, keep, v.found['means'][v.coupling.name])
-        if self.restore == 'folded': return fold_mean(v, keep, lost, self.ridge_for(v.tokens))
-        add_bias(v.model.get_submodule(v.second), lost)
-        return v.weight[:, keep]
-
-# %% ../nbs/10_scores.ipynb #98762576
+# %% ../nbs/10_scores.ipynb #s10sc016
 def lost_mean(
     W, # weight of a second linear, (d, f)
     keep, # columns that stay, (m,)
@@ -257,6 +271,27 @@ def lost_mean(
     W = as_double(W[:, gone])
     return W @ mean[gone.to(mean.device)].to(W.device)
 
+# %% ../nbs/10_scores.ipynb #98762576b
+def add_bias(
+    module, # `Linear` or `Conv1D`, changed in place
+    b, # what its output gets in addition, (d,)
+):
+    "Add a constant to the output of a linear layer, which gets a bias if it has none."
+    W = weight_of(module)
+    old = torch.zeros(len(W), dtype=W.dtype, device=W.device) if module.bias is None else module.bias.detach()
+    module.bias = torch.nn.Parameter(old + b.to(W), requires_grad=W.requires_grad)
+
+def bias_mean(
+    v, # a `Visit`
+    keep, # columns that stay, (m,)
+    lost, # mean that is lost, (d,)
+    ridge=None, # not needed: nothing is fitted
+):
+    "Kept columns as they are, (d, m); the bias makes the lost mean."
+    add_bias(v.model.get_submodule(v.second), lost)
+    return v.weight[:, keep]
+
+# %% ../nbs/10_scores.ipynb #98762576
 def fold_mean(
     v, # a `Visit`
     keep, # columns that stay, (m,)
@@ -269,22 +304,25 @@ def fold_mean(
     kept = as_double(v.weight[:, keep])
     return (kept + lost[:, None].to(kept.device)*ones.to(kept.device)).to(v.weight)
 
-def add_bias(
-    module, # `Linear` or `Conv1D`, changed in place
-    b, # what its output gets in addition, (d,)
-):
-    "Add a constant to the output of a linear layer, which gets a bias if it has none."
-    W = weight_of(module)
-    old = torch.zeros(len(W), dtype=W.dtype, device=W.device) if module.bias is None else module.bias.detach()
-    module.bias = torch.nn.Parameter(old + b.to(W), requires_grad=W.requires_grad)
+# %% ../nbs/10_scores.ipynb #888ff692
+@dataclass
+class FLAP(Method):
+    "Remove what fluctuates least, compared across matrices (eq. z), and keep its mean (An et al. 2024)."
+    name = 'flap'
+    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
+    restore: bool | Literal['folded', 'bias'] = 'folded' # where the lost mean goes; True re-fits
+    square_attention: bool = True # square the scores of attention, as the published code does
 
-# %% ../nbs/10_scores.ipynb #36102505
-@patch
-def target(self:FLAP, ctx):
-    "Sparsity that also makes up for the biases that will be added."
-    if self.restore != 'bias': return ctx.sparsity
-    seconds = [ctx.model.get_submodule(c.second[0]) for c in ctx.table]
-    return ctx.sparsity + sum(weight_of(m).shape[0] for m in seconds if m.bias is None)/ctx.total
+    @property
+    def needs(self): return Needs(text=self.restore in (True, 'folded'), everywhere=self.restore == 'bias')
+    def prepare(self, ctx): return _fluctuations(ctx, self.restore == 'bias', self.square_attention)
+    def score(self, v): return v.found.scores[v.coupling.name]
+    def allocate(self, ctx): return _weakest_of_all(ctx, ctx.found)
+    def repair(self, v, keep):
+        if self.restore in (True, False): return super().repair(v, keep)
+        give_back = dict(folded=fold_mean, bias=bias_mean)[self.restore]
+        lost = lost_mean(v.weight, keep, v.found.means[v.coupling.name])
+        return give_back(v, keep, lost, self.ridge_for(v.tokens))
 
 # %% ../nbs/10_scores.ipynb #fb3e3967
 def loss_gradients(
@@ -295,17 +333,22 @@ def loss_gradients(
 ):
     "Gradient of the mean cross-entropy per token for each parameter; float32, the parameters' shapes."
     if model.training: raise ValueError('The model is in training mode; call model.eval() first.')
-    total, wanted = [torch.zeros_like(p, dtype=torch.float32) for p in parameters], [p.requires_grad for p in parameters]
+    total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    wanted = [p.requires_grad for p in parameters]
     for p in parameters: p.requires_grad_(True)
     try:
         for ids in tqdm(windows.batches(batch_size, model.device), desc='gradients', leave=False):
-            with torch.enable_grad():
-                logits = model(ids, use_cache=False).logits[:, :-1].float()                   # (batch, seqlen - 1, vocabulary)
-                loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='sum')
-            for t, g in zip(total, torch.autograd.grad(loss, parameters)): t += g
+            gradients = torch.autograd.grad(_summed_loss(model, ids), parameters)
+            for t, g in zip(total, gradients): t += g
     finally:
         for p, flag in zip(parameters, wanted): p.requires_grad_(flag)
     return [t/(len(windows)*(windows.seqlen - 1)) for t in total]
+
+@torch.enable_grad()
+def _summed_loss(model, ids):
+    "Cross-entropy of all predictions."
+    logits = model(ids, use_cache=False).logits[:, :-1].float()   # (batch, seqlen - 1, vocabulary)
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='sum')
 
 # %% ../nbs/10_scores.ipynb #65676423
 def weight_times_gradient(
@@ -314,22 +357,24 @@ def weight_times_gradient(
     names, # names of linear layers
     batch_size=8, # windows in a forward and backward pass
 ):
-    "Weight times gradient of the mean loss for some linears, by name; float32, laid out as `with_bias`. Raises `ValueError` for gradients that are not finite."
+    """Weight times gradient of the mean loss for some linears, by name; float32, laid out as `with_bias`.
+    Raises `ValueError` for gradients that are not finite."""
     modules = {n: model.get_submodule(n) for n in names}
     parameters = [p for m in modules.values() for p in (m.weight, m.bias) if p is not None]
-    G = loss_gradients(model, windows, parameters, batch_size)[::-1]
+    G = iter(loss_gradients(model, windows, parameters, batch_size))
     products = {}
     for n, m in modules.items():
-        P = m.weight.detach().float()*G.pop()
+        P = m.weight.detach().float()*next(G)
         P = P if weight_of(m) is m.weight else P.T         # `Conv1D` is transposed
         check_numbers(P, f'weight times gradient of {n}', m.weight.dtype)
-        products[n] = P if m.bias is None else torch.cat([P, (m.bias.detach().float()*G.pop())[:, None]], 1)
+        if m.bias is not None: P = torch.cat([P, (m.bias.detach().float()*next(G))[:, None]], 1)
+        products[n] = P
     return products
 
 # %% ../nbs/10_scores.ipynb #2dffffdd
 @dataclass
 class Taylor(Method):
-    "Remove the units whose weights matter least to the loss, to first order (eq. paramfirst), as in LLM-Pruner."
+    "Remove the units that matter least to the loss, to first order (eq. paramfirst), as in LLM-Pruner."
     name = 'taylor'
     units: tuple = ('kv_group', 'mlp_channel') # kinds of units
     samples: int | None = setting(10, least=1) # calibration windows for the gradient; None for all

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CRITERIA', 'row_costs', 'remove_rows', 'living', 'living_inverses', 'remove_structures', 'structured_threshold',
-           'structure_costs', 'set_weight', 'save_state', 'load_state', 'shares', 'zero_structures', 'zero_share',
+           'structure_costs', 'set_weight', 'save_state', 'load_state', 'shares', 'zero_share', 'zero_structures',
            'dead_units', 'drop_dead', 'unit_costs', 'adapt_to_loss', 'low_rank_step', 'loss_slopes', 'correct',
            'Surgeon']
 
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .couplings import anatomy, couplings, slice_units, weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows
 from .evaluate import window_losses
-from .methods import Method, Needs, setting
+from .methods import Method, Needs, Run, setting
 from .models import blocks, decoder_linears, n_parameters
 from .plan import global_steps, keep_after, write_atomic
 from .repair import as_double, double_device
@@ -35,8 +35,10 @@ def row_costs(
     inverse, # damped inverse of the factor of its outputs, (out, out)
     table=None, # rows that go together, (units, rows); each row alone by default
 ):
-    "Least rise of the loss when rows become zero and the others adapt (eq. rowcost), float64, (units,). Of columns: `row_costs(W.T, G, inverse of A)`."
-    W, A = as_double(W), as_double(A)
+    """Least rise of the loss when rows become zero and the others adapt (eq. rowcost), float64, (units,).
+    Of columns: `row_costs(W.T, G, inverse of A)`."""
+    W = as_double(W)
+    A = as_double(A)
     if table is not None: table = table.to(W.device)
     if table is None or table.shape[1] == 1:
         r = slice(None) if table is None else table[:, 0]
@@ -52,10 +54,13 @@ def remove_rows(
     rows, # indices of the rows that go, (r,)
     correlate=True, # let them go together; otherwise each as if it went alone
 ):
-    "W with some rows zero and the others adapted (eq. rowupdate), float64. For columns: `remove_rows(W.T, inverse of A, columns).T`."
-    W, rows = as_double(W), rows.to(double_device(W.device))
+    """W with some rows zero and the others adapted (eq. rowupdate), float64.
+    For columns: `remove_rows(W.T, inverse of A, columns).T`."""
+    W = as_double(W)
+    rows = rows.to(double_device(W.device))
     if len(rows) == 0: return W
-    cross, block = inverse[:, rows], inverse[rows][:, rows]
+    cross = inverse[:, rows]
+    block = inverse[rows][:, rows]
     M = torch.linalg.solve(block, W[rows]) if correlate else W[rows]/block.diag()[:, None]   # (r, in)
     W = W - cross @ M
     W[rows] = 0
@@ -66,9 +71,11 @@ def living(
     W, # weight, with its bias as last column if it has one, (out, in)
     factors=None, # its `Factors`
 ):
-    "Which rows and which columns still do something: not all zero, and with an input and a gradient; bool, (out,) and (in,)."
-    rows, columns = (W != 0).any(1), (W != 0).any(0)
-    return (rows, columns) if factors is None else (rows & (factors.G.diag() > 0).to(W.device), columns & (factors.A.diag() > 0).to(W.device))
+    "Rows and columns that do something: not all zero, with a gradient or an input; bool, (out,) and (in,)."
+    rows = (W != 0).any(1)
+    columns = (W != 0).any(0)
+    if factors is None: return rows, columns
+    return rows & (factors.G.diag() > 0).to(W.device), columns & (factors.A.diag() > 0).to(W.device)
 
 # %% ../nbs/52_surgeon.ipynb #e617f6cd
 def living_inverses(
@@ -76,10 +83,11 @@ def living_inverses(
     factors, # its `Factors`
     damp=.01, # ridge, as a fraction of the mean diagonal
 ):
-    "What is `living`, and damped inverses of these parts of `A` and of `G`: (rows, columns, A, G); None if nothing lives."
+    "What is `living`, and damped inverses of these parts: (rows, columns, A, G); None if nothing lives."
     r, c = living(W, factors)
-    sub = lambda M, i: damped_inverse(M.to(W.device)[i][:, i], damp)
-    return (r, c, sub(factors.A, c), sub(factors.G, r)) if r.any() and c.any() else None
+    if not (r.any() and c.any()): return None
+    part = lambda M, i: damped_inverse(M.to(W.device)[i][:, i], damp)
+    return r, c, part(factors.A, c), part(factors.G, r)
 
 # %% ../nbs/52_surgeon.ipynb #3e501c5e
 def remove_structures(
@@ -91,13 +99,15 @@ def remove_structures(
 ):
     "W with some rows and columns zero and the rest adapted (eq. joint), float64."
     W = as_double(W).clone()
-    gone = [torch.zeros(n, dtype=bool, device=W.device) for n in W.shape]
-    gone[0][rows], gone[1][columns] = True, True
+    no_row, no_column = (torch.zeros(n, dtype=bool, device=W.device) for n in W.shape)
+    no_row[rows] = True
+    no_column[columns] = True
     if inverses is not None:
         r, c, A, G = (t.to(W.device) for t in inverses)
-        V = remove_rows(W[r][:, c].T, A, gone[1][c].nonzero().flatten(), correlate).T
-        W[r.nonzero(), c.nonzero().T] = remove_rows(V, G, gone[0][r].nonzero().flatten(), correlate)
-    W[gone[0]] = 0; W[:, gone[1]] = 0
+        V = remove_rows(W[r][:, c].T, A, no_column[c].nonzero().flatten(), correlate).T
+        W[r.nonzero(), c.nonzero().T] = remove_rows(V, G, no_row[r].nonzero().flatten(), correlate)
+    W[no_row] = 0
+    W[:, no_column] = 0
     return W
 
 # %% ../nbs/52_surgeon.ipynb #5a0e1cdf
@@ -106,22 +116,30 @@ def structured_threshold(
     shapes, # by matrix name: rows and columns, a bias being a column
     target, # parameters that become zero
 ):
-    "The cheapest rows and columns of all matrices that hold at least `target` parameters (eq. count); by name, two index tensors."
-    parts = []
-    for n, (r, c) in costs.items():
-        cost, order = torch.cat([r, c]).sort(stable=True)
-        rows, (R, C) = (order < len(r)).long().cumsum(0), shapes[n]
-        columns = torch.arange(1, len(order) + 1) - rows
-        parts.append((cost, order, torch.diff(rows*C + columns*R - rows*columns, prepend=torch.tensor([0]))))
-    merged = torch.cat([p[0] for p in parts]).argsort(stable=True)
-    removed = torch.cat([p[2] for p in parts])[merged].cumsum(0)
-    owner = torch.cat([torch.full((len(p[0]),), i) for i, p in enumerate(parts)])[merged]
-    taken = owner[:int((removed < target).sum()) + 1].bincount(minlength=len(parts)).tolist()
-    chosen = {n: p[1][:k] for n, p, k in zip(costs, parts, taken)}
-    return {n: (o[o < len(costs[n][0])], o[o >= len(costs[n][0])] - len(costs[n][0])) for n, o in chosen.items()}
+    "The cheapest rows and columns of all matrices that hold `target` parameters; by name, two index tensors."
+    lines = [_line(*costs[n], *shapes[n]) for n in costs]
+    merged = torch.cat([cost for cost, _, _ in lines]).argsort(stable=True)
+    removed = torch.cat([zeros for _, _, zeros in lines])[merged].cumsum(0)
+    owner = torch.cat([torch.full((len(cost),), i) for i, (cost, _, _) in enumerate(lines)])[merged]
+    taken = owner[:int((removed < target).sum()) + 1].bincount(minlength=len(lines)).tolist()
+    chosen = {}
+    for n, (_, order, _), k in zip(costs, lines, taken):
+        first = order[:k]
+        rows = len(costs[n][0])
+        chosen[n] = first[first < rows], first[first >= rows] - rows
+    return chosen
+
+def _line(rows, columns, R, C):
+    "Costs of a matrix in order; their indices, rows first; and the new zeros that each brings (eq. count)."
+    cost, order = torch.cat([rows, columns]).sort(stable=True)
+    r = (order < len(rows)).long().cumsum(0)               # rows gone so far
+    c = torch.arange(1, len(order) + 1) - r                # columns gone so far
+    return cost, order, torch.diff(r*C + c*R - r*c, prepend=torch.tensor([0]))
 
 # %% ../nbs/52_surgeon.ipynb #aace3d22
-CRITERIA = dict(full=('surgeon', True), within=('surgeon', False), k_obd=('k_obd', None), l_obd=('l_obd', None), magnitude=('magnitude', None)) # cost, and whether removals go together (None: no update)
+CRITERIA = dict( # cost, and whether removals go together (None: no update)
+    full=('surgeon', True), within=('surgeon', False), k_obd=('k_obd', None), l_obd=('l_obd', None),
+    magnitude=('magnitude', None))
 
 def structure_costs(
     W, # weight, (out, in)
@@ -133,7 +151,8 @@ def structure_costs(
     "Cost of every row and of every column, float64, (out,) and (in,)."
     W = as_double(W)
     if cost == 'magnitude': return W.norm(dim=1), W.norm(dim=0)
-    A, G = as_double(A), as_double(G)
+    A = as_double(A)
+    G = as_double(G)
     if cost == 'l_obd': return .5*W**2 @ A.diag(), .5*(W**2).sum(0)*A.diag()
     if cost == 'k_obd': return .5*((W @ A)*W).sum(1)*G.diag(), .5*((G @ W)*W).sum(0)*A.diag()
     return row_costs(W, A, inverses[1]), row_costs(W.T, G, inverses[0])
@@ -159,23 +178,31 @@ def save_state(
     prefix = blocks(model)[0] + '.'
     weights = {n: t for n, t in model.state_dict().items() if n.startswith(prefix)}
     def write(file):
-        with open(file, 'wb') as f: torch.save(dict(key=key, weights=weights, **content), f)          # by name it refuses some names
+        with open(file, 'wb') as f: torch.save(dict(key=key, weights=weights, **content), f)
     write_atomic(path, write)
 
-# %% ../nbs/52_surgeon.ipynb #e89de7f8
 def load_state(
     path, # file that `save_state` wrote; None for none
     key, # `run_key` of this run
 ):
     "The state of an interrupted run; None if there is none. Raises `ValueError` for that of another run."
     if path is None or not Path(path).exists(): return None
+    remedy = 'delete it or name another file.'
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path} is not a state of LLM Surgeon ({type(e).__name__}); delete it or name another file.') from e
-    if not (isinstance(state, dict) and isinstance(state.get('key'), dict) and isinstance(state.get('weights'), dict) and isinstance(state.get('done'), int)):
-        raise ValueError(f'{path} is not a state of LLM Surgeon (it has no key, weights and number of shots); delete it or name another file.')
+    except Exception as e:
+        raise ValueError(f'{path} is not a state of LLM Surgeon ({type(e).__name__}); {remedy}') from e
+    if not _is_state(state):
+        raise ValueError(f'{path} is not a state of LLM Surgeon '
+                         f'(it has no key, weights and number of shots); {remedy}')
     found = state['key']
-    if other := [str(k) for k in {**key, **found} if key.get(k) != found.get(k)]: raise ValueError(f'{path} belongs to another run: {", ".join(other)} differ(s); delete it or name another file.')
+    if other := [str(k) for k in {**key, **found} if key.get(k) != found.get(k)]:
+        raise ValueError(f'{path} belongs to another run: {", ".join(other)} differ(s); {remedy}')
     return state
+
+def _is_state(state):
+    "Whether a file held what `save_state` writes."
+    kinds = dict(key=dict, weights=dict, done=int)
+    return isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in kinds.items())
 
 # %% ../nbs/52_surgeon.ipynb #2a095e40
 def shares(
@@ -183,57 +210,41 @@ def shares(
     n, # number of shares
 ):
     "The windows in `n` nearly equal shares. Raises `ValueError` if there are too few."
-    if len(windows) < n: raise ValueError(f'{len(windows)} windows cannot be shared out among {n} shots; give more, or fresh=False.')
+    if len(windows) < n:
+        raise ValueError(f'{len(windows)} windows cannot be shared out among {n} shots; '
+                         'give more, or fresh=False.')
     return [Windows(windows.ids[i::n], windows.source) for i in range(n)]
 
-# %% ../nbs/52_surgeon.ipynb #5a5b3486
-def zero_structures(
-    model, # a causal language model; rows and columns of its decoder linears are zeroed in place, no tensor shrinks
-    windows, # calibration `Windows`
-    sparsity, # fraction of the decoder's parameters that become zero
-    criterion='full', # `full`, `within`, `k_obd`, `l_obd` or `magnitude`
-    shots=5, # rounds of curvature, removal and update; sparsity rises by the same amount in each
-    fresh=False, # each shot reads its own share of the windows instead of all
-    damp=.01, # ridge of the inverses, as a fraction of the mean diagonal
-    batch_size=4, # windows in a forward and backward pass
-    state=None, # file that keeps every finished shot, so that an interrupted run goes on from there
-    report=None, # called after every shot with its number
-    reuse=True, # keep inverses from the costs to the update: faster, but twice the memory of the factors
-):
-    "LLM Surgeon as published: rows and columns of each matrix go on their own, under one threshold; returns the share of zeros."
-    if criterion not in CRITERIA: raise ValueError(f'Unknown criterion {criterion!r}; there are {", ".join(CRITERIA)}.')
-    if not (isinstance(shots, int) and shots > 0): raise ValueError(f'shots is {shots!r}; it is a whole number, at least 1.')
-    if not 0 < sparsity < 1: raise ValueError(f'sparsity is {sparsity}; it is a fraction between 0 and 1, for example 0.2.')
-    (cost, correlate), linears, parts = CRITERIA[criterion], decoder_linears(model), shares(windows, shots if fresh else 1)
-    key = run_key(model, windows, sparsity=sparsity, criterion=criterion, shots=shots, fresh=fresh, damp=damp)
-    old = load_state(state, key) or dict(done=0, weights={})
-    model.load_state_dict(old['weights'], strict=False)
-    for i in tqdm(range(old['done'], shots), desc='shots', initial=old['done'], total=shots, leave=False):
-        factors = {} if cost == 'magnitude' else curvature(model, parts[i%len(parts)], batch_size)
-        chosen, known = _choose(linears, factors, cost, damp, sparsity*n_parameters(linears.values())*(i + 1)/shots, reuse)
-        for n, (rows, columns) in chosen.items():
-            W = with_bias(linears[n])
-            if correlate is not None and n not in known: known[n] = living_inverses(W, factors[n], damp)
-            set_weight(linears[n], remove_structures(W, known.pop(n, None), rows, columns, correlate))
-        if state is not None: save_state(state, key, model, done=i + 1)
-        if report: report(i + 1)
-    return zero_share(linears.values())
-
 # %% ../nbs/52_surgeon.ipynb #9e2b196d
-def _choose(linears, factors, cost, damp, target, reuse):
-    "Rows and columns that go, by name: those that are zero already, then those that are dead otherwise, then the cheapest; and inverses for the update."
-    costs, shapes, known = {}, {}, {}
+def _choose(
+    linears, # linear layers by name
+    factors, # their `Factors`, by name; empty for magnitude
+    cost, # `surgeon`, `k_obd`, `l_obd` or `magnitude`
+    damp, # ridge of the inverses
+    target, # parameters that become zero
+    keep=True, # inverses, for the update: faster, but twice the memory of the factors
+):
+    "Rows and columns that go, by name: what is zero, what is dead, then the cheapest; and inverses."
+    costs = {}
+    known = {}
     for n, m in linears.items():
         W, f = with_bias(m), factors.get(n)
-        found, inverses = [-(W == 0).all(k).double().cpu() for k in (1, 0)], None
-        r, c = living(W, f)
-        if r.any() and c.any():
-            if cost == 'surgeon': inverses = living_inverses(W, f, damp)
-            values = structure_costs(W[r][:, c], f and f.A[c][:, c], f and f.G[r][:, r], cost, inverses and inverses[2:])
-            for x, alive, v in zip(found, (r, c), values): x[alive.cpu()] = v.cpu()
-        if cost == 'surgeon' and reuse: known[n] = inverses
-        costs[n], shapes[n] = (found[0], found[1][:weight_of(m).shape[1]]), W.shape           # a bias leaves with its row
+        inverses = living_inverses(W, f, damp) if cost == 'surgeon' else None
+        rows, columns = _costs_in_line(W, f, cost, inverses)
+        costs[n] = rows, columns[:weight_of(m).shape[1]]   # a bias leaves with its row
+        if keep and cost == 'surgeon': known[n] = inverses
+    shapes = {n: with_bias(m).shape for n, m in linears.items()}
     return structured_threshold(costs, shapes, target), known
+
+def _costs_in_line(W, f, cost, inverses):
+    "Costs of rows and columns: -1 where they are zero, 0 where they are dead otherwise."
+    found = [-(W == 0).all(k).double().cpu() for k in (1, 0)]
+    r, c = living(W, f)
+    if not (r.any() and c.any()): return found
+    A, G = (None, None) if f is None else (f.A[c][:, c], f.G[r][:, r])
+    values = structure_costs(W[r][:, c], A, G, cost, inverses and inverses[2:])
+    for x, alive, v in zip(found, (r, c), values): x[alive.cpu()] = v.cpu()
+    return found
 
 # %% ../nbs/52_surgeon.ipynb #52c93abd
 def zero_share(
@@ -243,12 +254,59 @@ def zero_share(
     modules = list(modules)
     return sum((p == 0).sum().item() for m in modules for p in m.parameters())/n_parameters(modules)
 
+# %% ../nbs/52_surgeon.ipynb #5a5b3486
+def zero_structures(
+    model, # a causal language model; rows and columns of its decoder linears are zeroed in place
+    windows, # calibration `Windows`
+    sparsity, # fraction of the decoder's parameters that become zero
+    criterion='full', # `full`, `within`, `k_obd`, `l_obd` or `magnitude`
+    shots=5, # rounds of curvature, removal and update; sparsity rises by the same amount in each
+    fresh=False, # each shot reads its own share of the windows instead of all
+    damp=.01, # ridge of the inverses, as a fraction of the mean diagonal
+    report=None, # called after every shot with its number
+    run=Run(), # how it goes: `batch_size`, `store`, `lean`, and a `log` of the finished shots
+):
+    "LLM Surgeon as published: rows and columns go on their own, under one threshold; the share of zeros."
+    _check_structures(sparsity, criterion, shots)
+    linears = decoder_linears(model)
+    total = n_parameters(linears.values())
+    parts = shares(windows, shots if fresh else 1)
+    key = run_key(model, windows, sparsity=sparsity, criterion=criterion, shots=shots, fresh=fresh, damp=damp)
+    old = load_state(run.log, key) or dict(done=0, weights={})
+    model.load_state_dict(old['weights'], strict=False)
+    for i in tqdm(range(old['done'], shots), desc='shots', initial=old['done'], total=shots, leave=False):
+        _zeroing_shot(model, linears, parts[i%len(parts)], sparsity*total*(i + 1)/shots, criterion, damp, run)
+        if run.log is not None: save_state(run.log, key, model, done=i + 1)
+        if report: report(i + 1)
+    return zero_share(linears.values())
+
+def _check_structures(sparsity, criterion, shots):
+    "Raises `ValueError` for settings that cannot be."
+    if criterion not in CRITERIA:
+        raise ValueError(f'Unknown criterion {criterion!r}; there are {", ".join(CRITERIA)}.')
+    if not (isinstance(shots, int) and shots > 0):
+        raise ValueError(f'shots is {shots!r}; it is a whole number, at least 1.')
+    if not 0 < sparsity < 1:
+        raise ValueError(f'sparsity is {sparsity}; it is a fraction between 0 and 1, for example 0.2.')
+
+def _zeroing_shot(model, linears, windows, target, criterion, damp, run):
+    "Zero the cheapest rows and columns until `target` parameters are zero, and let the others adapt."
+    cost, correlate = CRITERIA[criterion]
+    factors = {}
+    if cost != 'magnitude':
+        factors = curvature(model, windows, run.gradient_batch, store=run.store, checkpoint=run.lean)
+    chosen, known = _choose(linears, factors, cost, damp, target, not run.lean)
+    for n, (rows, columns) in chosen.items():
+        W = with_bias(linears[n])
+        if correlate is not None and n not in known: known[n] = living_inverses(W, factors[n], damp)
+        set_weight(linears[n], remove_structures(W, known.pop(n, None), rows, columns, correlate))
+
 # %% ../nbs/52_surgeon.ipynb #8b04aec5
 def dead_units(
     model, # a causal language model with zeroed rows and columns
     coupling, # a coupling of MLP or value channels
 ):
-    "Which units do nothing: all their rows of one first linear are zero, or all their columns of the second; bool, (units,)."
+    "Which units do nothing: the rows of one first are zero, or the columns of the second; bool, (units,)."
     name, columns = coupling.second
     dead = (weight_of(model.get_submodule(name))[:, columns] == 0).all(0).all(1).cpu()
     for n, t in coupling.firsts: dead |= (with_bias(model.get_submodule(n))[t] == 0).all(2).all(1).cpu()
@@ -258,12 +316,12 @@ def dead_units(
 def drop_dead(
     model, # a causal language model with zeroed rows and columns; sliced in place
 ):
-    "Slice off MLP and value channels that do nothing, as far as heads stay equally wide; returns kept unit indices by coupling name."
+    "Slice off MLP and value channels that do nothing, as many in every head; kept units by coupling name."
     kept = {}
     for c in couplings(model, ('value_channel', 'mlp_channel')):
         dead = dead_units(model, c)
-        by_group = dead.view(c.groups, -1).sum(1)
-        kept[c.name] = keep_after(c, (~dead).double(), min(by_group.min().item(), c.n_units//c.groups - 1))
+        least = dead.view(c.groups, -1).sum(1).min().item()   # in a head
+        kept[c.name] = keep_after(c, (~dead).double(), min(least, c.n_units//c.groups - 1))
     slice_units(model, kept)
     return kept
 
@@ -285,15 +343,18 @@ def unit_costs(
     tied=False, # add the rows of the first linears
     known=None, # dict in which to keep the inverses for the update; None for no memory
 ):
-    "Cost of each unit: its columns of the second linear, and if `tied` its rows of the firsts; float64 on the CPU, (units,)."
+    "Cost of each unit: columns of the second linear, if `tied` rows of the firsts too; float64, (units,)."
     parts = [(*coupling.second, 'A')] + [(n, t, 'G') for n, t in coupling.firsts if tied]
     cost = torch.zeros(coupling.n_units, dtype=torch.float64)
     for n, t, side in parts:
         W = with_bias(model.get_submodule(n))
-        A, G, t = factors[n].A.to(W.device), factors[n].G.to(W.device), t.to(W.device)
-        if side == 'A': W, A, G = W.T, G, A
+        A = factors[n].A.to(W.device)
+        G = factors[n].G.to(W.device)
+        t = t.to(W.device)
+        if side == 'A': W, A, G = W.T, G, A                # columns are rows of the transposed matrix
         alive = (G.diag()[t] > 0).any(1)                   # what saw no input, or no gradient, costs nothing
-        cost += row_costs(W, A, _inverse(known, factors, n, side, damp, W.device), t).cpu()*alive.cpu()
+        inverse = _inverse(known, factors, n, side, damp, W.device)
+        cost += row_costs(W, A, inverse, t).cpu()*alive.cpu()
     return cost
 
 # %% ../nbs/52_surgeon.ipynb #b38f9036
@@ -312,8 +373,9 @@ def adapt_to_loss(
     gone[kept] = False
     for (n, second), removed in _removed_rows(coupling, gone).items():
         if n not in factors: continue
-        side, W = 'A' if second else 'G', with_bias(model.get_submodule(n))
+        side = 'A' if second else 'G'
         if adapts == 'tied' or second and adapts == 'second':
+            W = with_bias(model.get_submodule(n))
             inverse = _inverse(known, factors, n, side, damp, W.device)
             W = remove_rows(W.T if second else W, inverse, removed.to(W.device), correlate)
             set_weight(model.get_submodule(n), W.T if second else W)
@@ -341,10 +403,12 @@ def low_rank_step(
     rank=8, # of the change
     damp=10., # ridge of both factors, as a fraction of the mean diagonal
 ):
-    "Change of a weight of low rank that lowers the quadratic model of the loss most (eq. correction), float64, (out, in), and by how much."
-    left, right = (torch.linalg.cholesky(damped_inverse(M, damp)) for M in (G, A))           # inverse = K Kᵀ, K in the place of L⁻ᵀ
+    "Change of low rank that lowers the quadratic model most (eq. correction), (out, in), and by how much."
+    left = torch.linalg.cholesky(damped_inverse(G, damp))  # inverse = K Kᵀ, K in the place of L⁻ᵀ
+    right = torch.linalg.cholesky(damped_inverse(A, damp))
     P, s, Q = torch.linalg.svd(left.T @ as_double(slope) @ right, full_matrices=False)
-    return -left @ (P[:, :rank]*s[:rank]) @ Q[:rank] @ right.T, .5*s[:rank].square().sum().item()
+    change = -left @ (P[:, :rank]*s[:rank]) @ Q[:rank] @ right.T
+    return change, .5*s[:rank].square().sum().item()
 
 # %% ../nbs/52_surgeon.ipynb #9c04934f
 @torch.enable_grad()
@@ -356,15 +420,16 @@ def loss_slopes(
 ):
     "Mean loss per token, and its gradient in some linears, laid out like `with_bias`; by name."
     wanted = {(n, k): p for n in names for k, p in model.get_submodule(n).named_parameters()}
-    sums, total = {k: torch.zeros_like(p) for k, p in wanted.items()}, 0.
+    sums = {k: torch.zeros_like(p) for k, p in wanted.items()}
+    total = 0.
     with _gradients_of(model, [*wanted.values()]) as parameters:
         for ids in windows.batches(batch_size, model.device):
             loss = _summed_loss(model, ids)/windows.ids[:, 1:].numel()
             for S, g in zip(sums.values(), torch.autograd.grad(loss, parameters)): S += g
             total += loss.item()
-    return total, {n: _with_bias_slope(model.get_submodule(n), sums[n, 'weight'], sums.get((n, 'bias'))) for n in names}
+    layers = {n: model.get_submodule(n) for n in names}
+    return total, {n: _as_weight(m, sums[n, 'weight'], sums.get((n, 'bias'))) for n, m in layers.items()}
 
-# %% ../nbs/52_surgeon.ipynb #619a4c9f
 @contextmanager
 def _gradients_of(model, wanted):
     "Only these parameters get a gradient."
@@ -376,9 +441,10 @@ def _gradients_of(model, wanted):
 
 def _summed_loss(model, ids):
     "Cross-entropy of all predictions."
-    return F.cross_entropy(model(ids[:, :-1], use_cache=False).logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction='sum')
+    logits = model(ids[:, :-1], use_cache=False).logits.float()   # (batch, seqlen - 1, vocabulary)
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='sum')
 
-def _with_bias_slope(module, weight, bias):
+def _as_weight(module, weight, bias):
     "Gradients as (out, in), that of the bias in one more column."
     W = weight if weight_of(module) is module.weight else weight.T
     return W if bias is None else torch.cat([W, bias[:, None]], 1)
@@ -393,41 +459,46 @@ def correct(
     batch_size=4, # windows in a pass
     tries=6, # lengths of the step that are looked at
 ):
-    "Move linears along low-rank steps (eq. correction) so that the loss on the windows falls; mean loss before, after, and the length of the step."
+    "Move linears along low-rank steps so that the loss falls; loss before and after, and their length."
     before, slopes = loss_slopes(model, windows, list(factors), batch_size)
-    old = {n: with_bias(model.get_submodule(n)).clone() for n in factors}
+    layers = {n: model.get_submodule(n) for n in factors}
+    old = {n: with_bias(m).clone() for n, m in layers.items()}
     steps = {n: _living_step(old[n], slopes[n], f, rank, damp) for n, f in factors.items()}
-    fall, length = -sum((as_double(slopes[n])*as_double(D)).sum().item() for n, D in steps.items()), 1.
+    def at(length):
+        "The loss with the whole step, or a part of it."
+        for n, D in steps.items(): set_weight(layers[n], old[n] + length*D)
+        return window_losses(model, windows, batch_size).mean().nan_to_num(float('inf')).item()
+    fall = -sum((as_double(slopes[n])*as_double(D)).sum().item() for n, D in steps.items())
+    length = 1.
     for _ in range(tries):
-        for n, D in steps.items(): set_weight(model.get_submodule(n), old[n] + length*D)
-        after = window_losses(model, windows, batch_size).mean().nan_to_num(float('inf')).item()
+        after = at(length)
         if after < before - 1e-4*fall*length: return before, after, length
-        lowest = fall*length**2/(2*(after - before + fall*length))                           # of the parabola
+        lowest = fall*length**2/(2*(after - before + fall*length))   # of the parabola
         length = min(max(lowest, length/100), length/2)
-    for n, W in old.items(): set_weight(model.get_submodule(n), W)
+    for n, W in old.items(): set_weight(layers[n], W)
     return before, before, 0.
 
-# %% ../nbs/52_surgeon.ipynb #dfda56ba
 def _living_step(W, slope, f, rank, damp):
     "The low-rank step of one linear where it lives, zero elsewhere."
-    (r, c), D = living(W, f), torch.zeros_like(W)
-    A, G = f.A.to(W.device)[c][:, c], f.G.to(W.device)[r][:, r]
-    if r.any() and c.any(): D[r.nonzero(), c.nonzero().T] = low_rank_step(slope[r][:, c], A, G, rank, damp)[0].to(W)
+    D = torch.zeros_like(W)
+    r, c = living(W, f)
+    if not (r.any() and c.any()): return D
+    A = f.A.to(W.device)[c][:, c]
+    G = f.G.to(W.device)[r][:, r]
+    D[r.nonzero(), c.nonzero().T] = low_rank_step(slope[r][:, c], A, G, rank, damp)[0].to(W)
     return D
-
-
 
 # %% ../nbs/52_surgeon.ipynb #934d05ef
 @dataclass
 class Surgeon(Method):
-    "Remove the units that cost the loss least per parameter, over several shots, and let the others adapt (after van der Ouderaa et al. 2024)."
+    "Remove the units that cost the loss least per parameter, in shots (after van der Ouderaa et al. 2024)."
     name = 'surgeon'
-    restore: bool | Literal['tied'] = True # what adapts: the second linear (True), all tied matrices, or nothing (False)
-    damp: float = setting(.1, least=0, is_a='a fraction of the mean diagonal, at least 0') # ridge of the inverse factors, as a fraction of the mean diagonal
+    restore: bool | Literal['tied'] = True # what adapts: the second linear, all tied, or nothing (False)
+    damp: float = setting(.1, least=0, is_a='a fraction of the mean diagonal, at least 0') # ridge of factors
     shots: int = setting(4, least=1) # rounds of curvature; sparsity rises by the same amount in each
     rounds: int = setting(2, least=1) # removals in a shot, each with new costs from the same curvature
     fresh: bool = False # each shot reads its own share of the windows instead of all
-    cost: Literal['second', 'tied'] = 'second' # what a unit costs: its columns of the second linear, or the rows of the firsts too
+    cost: Literal['second', 'tied'] = 'second' # what a unit costs: its columns, or the rows of the firsts too
     correlate: bool = True # removals know of each other; otherwise each adapts the rest as if alone
     correction: int = setting(0, least=0) # rank of the first-order correction after each shot; 0 for none
 
@@ -435,7 +506,6 @@ class Surgeon(Method):
 
     def only_slices(self): return not (self.restore or self.correction)
 
-# %% ../nbs/52_surgeon.ipynb #3654361b
 @patch
 def names(self:Surgeon, table):
     "Linears whose curvature is needed."
@@ -453,7 +523,8 @@ class _Shot:
 def prepare(self:Surgeon, ctx):
     "Costs of all units from the factors of the shot."
     shot = ctx.found
-    costs = {c.name: unit_costs(ctx.model, c, shot.factors, self.damp, self.cost == 'tied', shot.known) for c in ctx.table}
+    options = self.damp, self.cost == 'tied', shot.known
+    costs = {c.name: unit_costs(ctx.model, c, shot.factors, *options) for c in ctx.table}
     return replace(shot, costs=costs)
 
 @patch
@@ -467,35 +538,41 @@ def repair(self:Surgeon, v, keep):
     "Let the tied matrices adapt; the columns of the second linear that stay, (d, m)."
     kept = torch.isin(v.coupling.second[1], keep.cpu()).all(1).nonzero().flatten()
     adapts = 'second' if self.restore is True else self.restore
-    adapt_to_loss(v.model, v.coupling, kept, v.found.factors, self.damp, adapts, self.correlate, v.found.known)
+    shot = v.found
+    adapt_to_loss(v.model, v.coupling, kept, shot.factors, self.damp, adapts, self.correlate, shot.known)
     return v.weight[:, keep]
 
-# %% ../nbs/52_surgeon.ipynb #70dc3c89
+# %% ../nbs/52_surgeon.ipynb #s52su023
 def _composed(kept, scores, stay, costs):
     "Kept units and scores in numbers of the model before, after another removal."
     for n in stay:
         scores[n][kept[n]] = costs[n]
         kept[n] = [kept[n][i] for i in stay[n]]
 
+# %% ../nbs/52_surgeon.ipynb #70dc3c89
 @patch
 def _nothing_gone(self:Surgeon, ctx):
     "All units of a model, and scores of zero, by coupling name."
     table = self.table(ctx.model)
-    return {c.name: list(range(c.n_units)) for c in table}, {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
+    kept = {c.name: list(range(c.n_units)) for c in table}
+    return kept, {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
 
 @patch
 def shot(self:Surgeon, ctx, windows, target):
     "Remove units until `target` parameters are left, in place; kept units and costs, by coupling name."
     kept, scores = self._nothing_gone(ctx)
-    names, start = self.names(self.table(ctx.model)), ctx.linears()
-    factors = curvature(ctx.model, windows, ctx.run.gradient_batch, names, ctx.run.store, checkpoint=ctx.run.lean)
+    start = ctx.linears()
+    run = ctx.run
+    names = self.names(self.table(ctx.model))
+    factors = curvature(ctx.model, windows, run.gradient_batch, names, run.store, checkpoint=run.lean)
     for i in range(self.rounds):
         left = ctx.linears()
         needed = (start - target)*(i + 1)/self.rounds - (start - left)
         if needed <= 0: continue
-        stay, costs = ctx.stream(self, found=_Shot(factors, None if ctx.run.lean else {}), sparsity=needed/left, given=None)
+        found = _Shot(factors, None if run.lean else {})
+        stay, costs = ctx.stream(self, found=found, sparsity=needed/left, given=None)
         _composed(kept, scores, stay, costs)
-    if self.correction: correct(ctx.model, windows, factors, self.correction, batch_size=ctx.run.gradient_batch)
+    if self.correction: correct(ctx.model, windows, factors, self.correction, batch_size=run.gradient_batch)
     return kept, scores
 
 # %% ../nbs/52_surgeon.ipynb #95eb9e25
@@ -503,11 +580,12 @@ def shot(self:Surgeon, ctx, windows, target):
 def run(self:Surgeon, ctx):
     "Prune over all shots; kept units and scores by coupling name."
     kept, scores = self._nothing_gone(ctx)
-    done, total = 0, ctx.linears()
+    done = 0
+    total = ctx.linears()
     parts = shares(ctx.windows, self.shots if self.fresh else 1)
     key = run_key(ctx.source, ctx.windows, sparsity=ctx.sparsity, **self.settings()) if ctx.run.log else None
     if old := load_state(ctx.run.log, key):
-        done, kept, scores = old['done'], old['kept'], old['scores']
+        done, kept, scores = (old[k] for k in ('done', 'kept', 'scores'))
         slice_units(ctx.model, kept)
         ctx.model.load_state_dict(old['weights'], strict=False)
     for i in tqdm(range(done, self.shots), desc='shots', initial=done, total=self.shots, leave=False):

@@ -19,7 +19,7 @@ from prunebook.models import TINY, decoder_linears
 from prunebook.plan import PrunePlan
 from prunebook.recipe import Recipe
 from prunebook.scores import FLAP, Taylor, sparsify
-from prunebook.surgeon import Surgeon, load_state
+from prunebook.surgeon import Surgeon, _load_state
 from prunebook.text import Windows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -333,14 +333,14 @@ def test_a_record_of_something_else_is_named_by_its_line(line, tmp_path):
 @pytest.mark.parametrize('state', [5, {'key': 5}, {'key': {}}, {'key': {1: 2}, 'weights': {}, 'done': 1}, {'key': {}, 'weights': 5, 'done': 1}, [1]])
 def test_a_state_of_something_else_is_one_sentence(state, tmp_path):
     torch.save(state, tmp_path/'state')
-    with pytest.raises(ValueError, match='state (is not|belongs)'): load_state(tmp_path/'state', dict(model='a'))
+    with pytest.raises(ValueError, match='state (is not|belongs)'): _load_state(tmp_path/'state', dict(model='a'))
 
 
 # ---- devices without float64 ------------------------------------------------------------------------------------------------
 
 class OnlyByTheHelper(TorchDispatchMode):
     "Stands in for a device without float64: a tensor becomes float64 only in `as_double`, or in a function that has moved its tensors before."
-    moved = {'as_double', 'channel_moments', 'fold_mean', 'js_sums', 'bundles', 'prior_scores', 'window_losses'}
+    moved = {'as_double', 'channel_moments', '_fold_mean', 'js_sums', 'bundles', 'prior_scores', 'window_losses'}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         read, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.ndim] for tree in ((args, kwargs), out))
@@ -365,7 +365,7 @@ def test_single_weights_go_through_it_too():
     from prunebook.elements import sparsify_elements, sparsify_shots
     with OnlyByTheHelper():
         sparsify_elements(tiny_model('llama', num_hidden_layers=1), windows(4, 16), .3, steps=0)
-        sparsify_shots(tiny_model('llama', num_hidden_layers=1), windows(4, 16), .3, shots=1, update='chunks', size=50)
+        sparsify_shots(tiny_model('llama', num_hidden_layers=1), windows(4, 16), .3, shots=1, restore='chunks', size=50)
 
 
 def test_as_double_moves_what_the_device_cannot_hold(monkeypatch):
