@@ -9,15 +9,15 @@ __all__ = ['WORST', 'PRIORS', 'FEW', 'L1_GRID', 'kendall_tau', 'sub_model', 'tok
 
 # %% ../nbs/40_bonsai.ipynb #14827e21
 import copy, hashlib, json, math, os, time, warnings
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .couplings import anatomy, couplings, slice_units, weight_of
+from .couplings import OwnConfig, anatomy, couplings, set_attribute, slice_units, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
 from .plan import REMEDIES, check_numbers, global_steps, keep_after, uniform_steps
@@ -35,20 +35,23 @@ def kendall_tau(
     return ((A*B).sum()/size).item() if size > 0 else 0.
 
 # %% ../nbs/40_bonsai.ipynb #afdd7d08
-def _split(v, table): return v.split([c.n_units for c in table], -1)
+def _split(v, table):
+    "A tensor over all units, as one tensor for each coupling."
+    return v.split([c.n_units for c in table], -1)
 
+# %% ../nbs/40_bonsai.ipynb #bsx00002
 def _narrow_first(m, rows):
     "A stand-in for a first linear that computes only some rows."
     return lambda x: F.linear(x, weight_of(m).index_select(0, rows), None if m.bias is None else m.bias[rows])
 
 def _narrow_second(m, columns, real, select):
     "A stand-in for a second linear that reads only some columns; the first `real` of them count."
-    def f(x):
+    def narrow(x):
         W = weight_of(m).index_select(1, columns)
         W[:, real:] = 0
         if select: x = x.index_select(-1, columns)
         return F.linear(x, W, m.bias)
-    return f
+    return narrow
 
 # %% ../nbs/40_bonsai.ipynb #4d344464
 def _wide(gone, multiple=16):
@@ -57,18 +60,54 @@ def _wide(gone, multiple=16):
     return torch.cat([keep, spare[:-len(keep) % multiple]]), len(keep)
 
 # %% ../nbs/40_bonsai.ipynb #218b37b6
-def _stand_ins(model, b, c, gone):
-    "Pairs (module, function), and attention attributes, with which coupling `c` of block `b` computes without some units."
-    narrow, second = c.kind == 'mlp_channel' or (c.kind == 'kv_group' and b.value_dim == b.head_dim), model.get_submodule(c.second[0])
-    device, per = second.weight.device, c.second[1].shape[1]
-    units, real = _wide(gone) if c.kind == 'mlp_channel' else ((~gone).nonzero().flatten(), int((~gone).sum()))
-    pairs, rows = [(second, _narrow_second(second, c.second[1][units].flatten().to(device), real*per, not narrow))], {}
-    if not narrow: return pairs, None, {}
-    for n, t in c.firsts: rows.setdefault(n, []).append(t[units].flatten())                  # a fused projection has three parts
-    pairs += [(m, _narrow_first(m, torch.cat(r).to(device))) for m, r in ((model.get_submodule(n), r) for n, r in rows.items())]
-    if c.kind == 'mlp_channel': return pairs, None, {}
-    small = replace(b, heads=b.heads//b.kv_heads*real, kv_heads=real)
-    return pairs, model.get_submodule(b.path(b.family.attention)), {n: f(small) for n, f in b.family.attributes}
+def _rows_of(c, units):
+    "Rows of each first linear that belong to some units, part after part."
+    rows = {}
+    for n, t in c.firsts: rows.setdefault(n, []).append(t[units].flatten())
+    return {n: torch.cat(parts) for n, parts in rows.items()}
+
+def _others(rows, n):
+    "All of `n` rows but some, in order."
+    stay = torch.ones(n, dtype=bool)
+    stay[rows] = False
+    return stay.nonzero().flatten()
+
+# %% ../nbs/40_bonsai.ipynb #bsx00008
+def _first_stand_ins(model, rows):
+    "Pairs (module, function) in which first linears compute some rows, by module name."
+    modules = [(model.get_submodule(n), r) for n, r in rows.items()]
+    return [(m, _narrow_first(m, r.to(m.weight.device))) for m, r in modules]
+
+def _second_stand_in(model, c, units, real, select=False):
+    "Pair (module, function) in which a second linear reads the columns of some units; the first `real` of them count."
+    name, columns = c.second                               # columns: (units, columns of each)
+    m = model.get_submodule(name)
+    return m, _narrow_second(m, columns[units].flatten().to(m.weight.device), real*columns.shape[1], select)
+
+def _mlp_stand_ins(model, c, gone):
+    "Pairs (module, function) with which an MLP computes without some units."
+    units, real = _wide(gone)
+    return [_second_stand_in(model, c, units, real), *_first_stand_ins(model, _rows_of(c, units))]
+
+def _attention_stand_ins(model, c, gone, narrow):
+    "Pairs (module, function) with which attention computes without some units; with `narrow`, first linears shrink, too."
+    stay = (~gone).nonzero().flatten()
+    second = _second_stand_in(model, c, stay, len(stay), select=not narrow)
+    if not narrow: return [second]
+    size = lambda n: len(weight_of(model.get_submodule(n)))
+    return [second, *_first_stand_ins(model, {n: _others(r, size(n)) for n, r in _rows_of(c, gone).items()})]
+
+# %% ../nbs/40_bonsai.ipynb #bsx00011
+@contextmanager
+def _told(attention, b):
+    "Context manager in which an attention module takes the sizes of the block `b` for its own."
+    before = {n: getattr(attention, n) for n in {n.partition('.')[0] for n, _ in b.family.attributes}}
+    if 'config' in before: attention.config = OwnConfig(attention.config)                    # the model's own stays as it is
+    try:
+        for n, size in b.family.attributes: set_attribute(attention, n, size(b))
+        yield
+    finally:
+        for n, value in before.items(): setattr(attention, n, value)
 
 # %% ../nbs/40_bonsai.ipynb #d2b16b18
 @contextmanager
@@ -77,19 +116,20 @@ def sub_model(
     table, # couplings of `model`
     gone, # True for units to leave out, all couplings one after the other, (units,)
 ):
-    "Context manager in which `model` runs without some units, and without their work. Raises `ValueError` if a coupling would be empty."
-    shapes, pairs, saved = anatomy(model), [], []
-    try:
+    "Context manager in which `model` runs without some units, and without their work. Raises `ValueError` for an empty coupling."
+    shapes, pairs = anatomy(model), []
+    with ExitStack() as told:
         for c, g in zip(table, _split(gone, table)):
             if g.all(): raise ValueError(f'{c.name}: at least one unit must stay.')
             if not g.any(): continue
-            stand_ins, attention, attributes = _stand_ins(model, shapes[c.layer], c, g)
-            pairs += stand_ins
-            saved += [(attention, n, getattr(attention, n)) for n in attributes]
-            for n, v in attributes.items(): setattr(attention, n, v)
+            if c.part == 'mlp':
+                pairs += _mlp_stand_ins(model, c, g)
+                continue
+            small = c.unit.left(shapes[c.layer], int((~g).sum()))
+            narrow = c.groups == 1 and small.value_dim == small.head_dim
+            pairs += _attention_stand_ins(model, c, g, narrow)
+            if narrow: told.enter_context(_told(model.get_submodule(small.attention), small))
         with replaced(pairs): yield model
-    finally:
-        for m, n, v in saved: setattr(m, n, v)
 
 # %% ../nbs/40_bonsai.ipynb #8cde2b71
 WORST = math.log(1e8) # no loss is reported worse: the published clip of the perplexity at 1e8

@@ -139,16 +139,19 @@ class Moments:
         return Moments(self.S - self.mean[:, None]*self.mean, torch.zeros_like(self.mean))
 
 # %% ../nbs/30_depth2.ipynb #7f54b231
-def _rows(model, name, index=slice(None)):
+def _rows(model, name, index):
     "Some rows of a linear, and their biases."
     m = model.get_submodule(name)
     return weight_of(m).detach()[index], None if m.bias is None else m.bias.detach()[index]
 
 def _value_rows(model, b):
-    "For every column of a block's output projection, the row of the value projection that feeds it, and its bias."
-    start = 2*b.heads*b.head_dim if len(b.family.qkv) == 1 else 0                          # fused: queries and keys come first
-    rows = torch.arange(b.kv_heads*b.value_dim).view(b.kv_heads, 1, b.value_dim).expand(-1, b.heads//b.kv_heads, -1)
-    return _rows(model, b.path(b.family.qkv[-1]), start + rows.flatten())
+    "For every column of a block's output projection, the row of the values that feeds it, and its bias."
+    name, rows = b.qkv_rows()[2]                           # rows: (kv_heads, v)
+    return _rows(model, name, rows.repeat_interleave(b.heads//b.kv_heads, 0).flatten())
+
+def _mlp_rows(model, b):
+    "For every channel of a block's MLP, its row of gate and up (or of the only matrix), and its bias."
+    return [_rows(model, name, rows.flatten()) for name, rows in b.mlp_rows()]
 
 def _activation(model):
     "The activation function of the MLPs."
@@ -167,7 +170,7 @@ def column_moments(
     "Second-moment score of every column of a second linear (eq. second to eq. attention), float32, (columns,)."
     norm2 = weight_of(model.get_submodule(block.out if part == 'attention' else block.mlp_second)).detach().float().pow(2).sum(0)
     if form == 'measured' or part == 'attention' and form == 'paper' and inner is not None: return norm2*inner.to(norm2.device)
-    firsts = [_value_rows(model, block)] if part == 'attention' else [_rows(model, block.path(n)) for n in block.family.mlp_firsts]
+    firsts = [_value_rows(model, block)] if part == 'attention' else _mlp_rows(model, block)
     if form == 'code': (gate, *rest) = [moments.centred().rows(W) for W, _ in firsts]
     if form == 'code': return norm2.sqrt()*(gate if part == 'attention' else _activation(model)(gate)*math.prod(rest))
     scores = math.prod(norm2*moments.rows(W, bias) for W, bias in firsts)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from test_conformance import MODELS, build
 from prunebook.bonsai import (L1_GRID, PRIORS, WORST, Bonsai, EvaluationLog, fit_l1, fit_levels, hadamard, in_play, kendall_tau, prior_scores, published_pairs,
                               relative_size, orthogonal_pairs, sub_model, sub_model_losses, token_loss, _split, _wide)
 from prunebook.cli import main
-from prunebook.couplings import couplings, masked, slice_units
+from prunebook.couplings import anatomy, couplings, masked, slice_units
 from prunebook.evaluate import window_losses
 from prunebook.methods import METHODS, Run, as_method
 from prunebook.pruning import prune
@@ -65,6 +66,54 @@ def test_a_sub_model_computes_what_a_mask_of_zeros_computes(family, kinds):
         assert not torch.allclose(found, dense, rtol=1e-4, atol=1e-3)
         assert torch.equal(m(w.ids).logits, dense)                                           # attributes and forwards are back
     assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
+
+
+FUSED = [(family, variant) for family in ('phi3', 'gpt_neox') for variant in range(len(MODELS[family][1]))]
+
+
+@pytest.mark.parametrize('kinds', [*KINDS, ('value_channel',), ('query_head',)], ids='-'.join)
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_a_sub_model_of_fused_matrices_is_the_sliced_model(family, variant, kinds):
+    "Queries, keys and values in one matrix, stacked or interleaved, and gate and up in one."
+    m, w = build(family, variant), windows(2)
+    try: table = couplings(m, kinds)
+    except ValueError: pytest.skip('one query head per key-value head')
+    gone = some_gone(table)
+    if not gone.any(): pytest.skip('a single unit')
+    known = [dict(vars(m.get_submodule(b.attention))) for b in anatomy(m)]
+    with torch.no_grad():
+        dense, expected = m(w.ids).logits, slice_units(copy.deepcopy(m), kept_of(table, gone))(w.ids).logits
+        with sub_model(m, table, gone): found = m(w.ids).logits
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4*expected.abs().max().item())
+        assert not torch.allclose(found, dense, rtol=1e-4, atol=1e-3) and torch.equal(m(w.ids).logits, dense)
+    assert [dict(vars(m.get_submodule(b.attention))) for b in anatomy(m)] == known           # attributes and configuration, too
+
+
+@pytest.mark.parametrize('family', ['phi3', 'gpt_neox'])
+def test_a_sub_model_of_a_sliced_model(family):
+    "Attributes that a cut has set before are those of the module afterwards."
+    m, w = build(family, len(MODELS[family][1]) - 1), windows(2)
+    slice_units(m, {c.name: [0, 1, 3, 5] for c in couplings(m, 'kv_group')})
+    table = couplings(m, ('kv_group', 'mlp_channel'))
+    gone = some_gone(table, .6)
+    with torch.no_grad():
+        dense, expected = m(w.ids).logits, slice_units(copy.deepcopy(m), kept_of(table, gone))(w.ids).logits
+        with sub_model(m, table, gone): found = m(w.ids).logits
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4*expected.abs().max().item()) and torch.equal(m(w.ids).logits, dense)
+
+
+@pytest.mark.parametrize('kinds', KINDS[:3], ids='-'.join)
+@pytest.mark.parametrize('family', ['phi3', 'gpt_neox'])
+def test_fused_families_to_the_sparsity_asked_for(family, kinds):
+    m, w = build(family, min(1, len(MODELS[family][1]) - 1)), windows()
+    try: couplings(m, kinds)
+    except ValueError: pytest.skip('one query head per key-value head')
+    small, plan = prune(m, w, Bonsai(**{**QUICK, 'units': kinds, 'step': .2}), .3)
+    assert .3 <= plan.true_sparsity < .45
+    expected = plan.apply(copy.deepcopy(m))
+    with torch.no_grad():
+        assert small(w.ids).logits.isfinite().all()
+        assert torch.allclose(small(w.ids).logits, expected(w.ids).logits, rtol=1e-4, atol=1e-4*small(w.ids).logits.abs().max().item())
 
 
 def test_sub_models_of_a_model_with_narrow_values():

@@ -5,18 +5,19 @@ import math
 import pytest
 import torch
 from helpers import tiny_model
+from test_conformance import MODELS, build
 from hypothesis import given, strategies as st
 from prunebook.couplings import anatomy, couplings, slice_units, weight_of
-from prunebook.depth2 import (Depth2, Moments, block_errors, column_moments, head_distances, js_sums, observed_attention,
-                              removal_order, second_level, similarity_scores)
-from prunebook.methods import Run, as_method
+from prunebook.depth2 import (Depth2, Moments, block_errors, column_moments, first_level, head_distances, js_sums, observed_attention,
+                              removal_order, similarity_scores)
+from prunebook.methods import Needs, Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY
-from prunebook.repair import restore_columns
+from prunebook.repair import Ridge, restore_columns
 from prunebook.save import load_pruned, save_pruned
 from prunebook.text import Windows
-from prunebook.sources import twin
-from prunebook.stream import cross_gram
+from prunebook.sources import InMemory, twin
+from prunebook.stream import Context, Visit, cross_gram, visits
 from prunebook.walk import walk
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -196,6 +197,83 @@ def test_scores_are_their_definitions(family):
         assert torch.allclose(column_moments(m, b, 'mlp', moments, inner, 'measured').double(), W2.pow(2).sum(0)*inner, rtol=1e-4)
 
 
+FUSED = [(family, variant) for family in ('phi3', 'gpt_neox') for variant in range(len(MODELS[family][1]))]
+
+
+def parts_of(m, b, part):
+    "Weights and biases of values (attention), or of gate and up (MLP), cut out of fused matrices by hand; float64."
+    H, K, h, f = b.heads, b.kv_heads, b.head_dim, b.mlp_width
+    layer = m.get_submodule(b.name)
+    if part == 'attention':
+        l = layer.self_attn.qkv_proj if m.config.model_type == 'phi3' else layer.attention.query_key_value
+        if m.config.model_type == 'phi3': rows = [(H + K)*h + q//(H//K)*h + i for q in range(H) for i in range(h)]
+        else: rows = [q*3*h + 2*h + i for q in range(H) for i in range(h)]
+        parts = [rows]
+    else:
+        l = layer.mlp.gate_up_proj if m.config.model_type == 'phi3' else layer.mlp.dense_h_to_4h
+        parts = [range(f), range(f, 2*f)] if m.config.model_type == 'phi3' else [range(f)]
+    W, bias = l.weight.detach().double(), torch.zeros(len(l.weight)).double() if l.bias is None else l.bias.detach().double()
+    return [(W[list(p)], bias[list(p)]) for p in parts]
+
+
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_scores_of_fused_matrices_are_their_definitions(family, variant):
+    m, w = build(family, variant), windows(4, 20)
+    act = {'phi3': torch.nn.functional.silu, 'gpt_neox': torch.nn.functional.gelu}[family]
+    for s in walk(m, w, firsts=True):
+        if s.layer != 1: continue
+        if s.level == 'first': x, moments = flat(s.X), Moments.of(s.X); continue
+        b, W2 = s.block, weight_of(m.get_submodule(s.second)).detach().double()
+        norm2, inner = W2.pow(2).sum(0), flat(s.X).pow(2).mean(0).float()
+        a = [x @ W.T + bias for W, bias in parts_of(m, b, s.part)]
+        paper = math.prod(norm2*t.pow(2).mean(0) for t in a)/(1 if s.part == 'attention' else 2)
+        first, *rest = [t.var(0, unbiased=False) for t in a]
+        code = norm2.sqrt()*(first if s.part == 'attention' else act(first)*math.prod(rest))
+        score = lambda inner, form: column_moments(m, b, s.part, moments, inner, form).double()
+        assert torch.allclose(score(None, 'paper'), paper, rtol=1e-3)
+        assert torch.allclose(score(inner, 'code'), code, rtol=1e-2, atol=1e-6)
+        assert torch.allclose(score(inner, 'measured'), norm2*inner, rtol=1e-4)
+
+
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_the_first_level_of_fused_matrices(family, variant):
+    "Every row of a fused first linear, and no other, maps pruned inputs to what the dense model computes."
+    m, w = build(family, variant), windows(16)
+    damaged = copy.deepcopy(m)
+    damaged.get_submodule(anatomy(m)[0].mlp_second).weight.data[:, ::3] = 0
+    ctx = Context(InMemory(damaged), w, .2, table=couplings(damaged, ('value_channel', 'mlp_channel')))
+    for v in visits(ctx, Needs(firsts=True, dense='outputs'), InMemory(m)):
+        if v.layer != 1 or v.level != 'first': continue
+        X, Xh = flat(v.dense.X), flat(v.X)
+        n = next(n for n, _ in v.coupling.firsts)
+        dense = m.get_submodule(n).weight.detach().double()
+        first_level(v, Ridge(1e-9, 'zero'))
+        best = torch.linalg.lstsq(Xh, X @ dense.T, driver='gelsd').solution
+        misfit = lambda W: (Xh @ W - X @ dense.T).norm()
+        assert misfit(v.module(n).double().T) == pytest.approx(misfit(best).item(), rel=1e-3)
+        assert misfit(best) < .9*misfit(dense.T)
+
+
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_distances_of_heads_in_fused_matrices(family, variant):
+    m, w = build(family, variant), windows(3, 17)
+    got = head_distances(m, w, rows=5)
+    m.config._attn_implementation = 'eager'
+    with torch.no_grad(): maps = m(w.ids, output_attentions=True).attentions
+    for D, P in zip(got, maps): assert torch.allclose(D, js_sums(P)/w.ids.numel(), atol=1e-4)
+
+
+@pytest.mark.parametrize('settings', [dict(units=('mlp_channel',)), dict(units=('value_channel', 'mlp_channel'), form='paper'), dict(units=('value_channel', 'mlp_channel'), form='code'),
+                                      dict(units=('kv_group', 'mlp_channel'), restore='two_step'), dict(units=('query_head', 'mlp_channel'), head_share=.5),
+                                      dict(units=('value_channel', 'mlp_channel'), sigma='identity', form='paper', restore=False)], ids=lambda s: s['units'][0] + s.get('form', ''))
+@pytest.mark.parametrize('family', ['phi3', 'gpt_neox'])
+def test_fused_families_are_pruned(family, settings):
+    m, w = build(family, min(1, len(MODELS[family][1]) - 1)), windows()
+    if 'query_head' in settings['units'] and not grouped(m): pytest.skip('one query head per key-value head')
+    small, plan = prune(m, w, Depth2(**settings), .2)
+    assert .2 - 1e-9 <= plan.true_sparsity < .35 and small(w.ids).logits.isfinite().all()
+
+
 # ---- reconstruction ------------------------------------------------------------------------------------------------------
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4))
@@ -256,8 +334,10 @@ def test_without_trust_it_is_the_repair_of_the_own_trajectory():
 def test_targets_are_mixed_linearly():
     m, w = tiny_model('llama'), windows(16)
     s = [s for s in walk(m, w) if s.part == 'mlp'][1]
-    Y = [torch.randn_like(y) for y in s.outputs(m)]
-    a, b, c = (second_level(m, s, Y, s.gram(), .1, trust=t) for t in (0., .5, 1.))
+    c = next(c for c in couplings(m, 'mlp_channel') if c.layer == s.layer)
+    v = Visit(Context(InMemory(m), w, .2), c, s, [torch.randn_like(y) for y in s.outputs(m)])
+    every, ridge = torch.arange(c.n_units), Ridge(.1)
+    a, b, c = (v.aimed(every, ridge, t) for t in (0., .5, 1.))
     assert torch.allclose(b, (a + c)/2, atol=1e-5) and not torch.allclose(a, c, atol=1e-2)
 
 
