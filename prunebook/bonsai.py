@@ -84,7 +84,7 @@ def _first_stand_ins(model, rows):
     return [(m, _narrow_first(m, r.to(m.weight.device))) for m, r in modules]
 
 def _second_stand_in(model, c, units, real, select=False):
-    "Pair (module, function) in which a second linear reads the columns of some units; the first `real` of them count."
+    "Pair (module, function) in which a second linear reads some units, of which the first `real` count."
     name, columns = c.second                               # columns: (units, columns of each)
     m = model.get_submodule(name)
     return m, _narrow_second(m, columns[units].flatten().to(m.weight.device), real*columns.shape[1], select)
@@ -95,7 +95,7 @@ def _mlp_stand_ins(model, c, gone):
     return [_second_stand_in(model, c, units, real), *_first_stand_ins(model, _rows_of(c, units))]
 
 def _attention_stand_ins(model, c, gone, narrow):
-    "Pairs (module, function) with which attention computes without some units; with `narrow`, first linears shrink, too."
+    "Pairs (module, function) with which attention computes without some units; `narrow`: in first linears, too."
     stay = (~gone).nonzero().flatten()
     second = _second_stand_in(model, c, stay, len(stay), select=not narrow)
     if not narrow: return [second]
@@ -107,7 +107,7 @@ def _attention_stand_ins(model, c, gone, narrow):
 def _told(attention, b):
     "Context manager in which an attention module takes the sizes of the block `b` for its own."
     before = {n: getattr(attention, n) for n in {n.partition('.')[0] for n, _ in b.family.attributes}}
-    if 'config' in before: attention.config = OwnConfig(attention.config)                    # the model's own stays as it is
+    if 'config' in before: attention.config = OwnConfig(attention.config)   # the model's stays as it is
     try:
         for n, size in b.family.attributes: set_attribute(attention, n, size(b))
         yield
@@ -121,7 +121,7 @@ def sub_model(
     table, # couplings of `model`
     gone, # True for units to leave out, all couplings one after the other, (units,)
 ):
-    "Context manager in which `model` runs without some units, and without their work. Raises `ValueError` for an empty coupling."
+    "Context manager in which `model` runs without some units and their work. Raises `ValueError` if none would stay."
     shapes, pairs = anatomy(model), []
     with ExitStack() as told:
         for c, g in zip(table, _split(gone, table)):
@@ -178,7 +178,7 @@ def prior_scores(
     batch_size=8, # windows in a forward pass
     seed=0, # of `random`
 ):
-    "Score of every unit before any experiment (eq. prior), float64, (units,). Raises `ValueError` if not finite."
+    "Score of every unit beforehand (eq. prior), float64, (units,). Raises `ValueError` if one is not finite."
     if prior == 'random':
         draw = torch.Generator().manual_seed(seed)
         return torch.rand(sum(c.n_units for c in table), generator=draw, dtype=torch.float64)
@@ -244,7 +244,7 @@ def _published_pairs(
 def _hadamard(
     n, # at least this many rows and columns
 ):
-    "A matrix of signs with orthogonal columns, (m, m), with m the next power of 2 (Sylvester's construction)."
+    "A matrix of signs with orthogonal columns, (m, m), m the next power of 2 (Sylvester's construction)."
     H = torch.ones(1, 1)
     while len(H) < n: H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return H
@@ -489,7 +489,7 @@ def _sums(X, size, group):
     return X @ sizes.scatter_(1, group[:, None], size[:, None])
 
 def _common_ratios(kernels, F_, y, spreads):
-    "The likeliest ratios to the noise for couplings, units and pairs, each a matrix (n, n); and the scales of two."
+    "The likeliest ratios for couplings, units and pairs, each a matrix (n, n); the scales of the first two."
     scales = [K.diag().mean().clamp(min=1e-300) for K in kernels[:2]]
     z, u = scales
     grid = [(a/z, b/u, c) for a in spreads for b in spreads for c in spreads]
@@ -675,7 +675,7 @@ class _Place:
 
 @patch
 def _evaluate(self:Bonsai, place, entry, share):
-    "Run the sub-models of a round, and note masks and losses in its entry. Raises `ValueError` for a useless model."
+    "Run the sub-models of a round, and note their losses in its entry. Raises `ValueError` for a useless model."
     number, table, prior = len(self.history), entry['table'], entry['prior']
     gen = torch.Generator().manual_seed(1000*self.seed + number)
     pool = _in_play(table, prior, share, self.design == 'published')
@@ -772,7 +772,8 @@ def _log(self:Bonsai, ctx, workers):
     "The log of evaluations, of this very run; the repair may differ."
     if workers.rank or not ctx.run.log: return _EvaluationLog(None, {})
     settings = {k: v for k, v in self.settings().items() if k not in ('restore', 'damp', 'towards', 'ridge')}
-    return _EvaluationLog(ctx.run.log, run_key(ctx.source, ctx.windows, sparsity=ctx.sparsity, settings=settings))
+    header = run_key(ctx.source, ctx.windows, sparsity=ctx.sparsity, settings=settings)
+    return _EvaluationLog(ctx.run.log, header)
 
 # %% ../nbs/40_bonsai.ipynb #b4sp0010
 @patch
