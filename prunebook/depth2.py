@@ -80,7 +80,7 @@ def head_distances(
     batch_size=4, # windows in a forward pass
     rows=128, # query positions held at a time
 ):
-    "Mean distance of every two heads (eq. js), (heads, heads) for each block. Raises `ValueError` if it is not finite."
+    "Mean distance of every two heads (eq. js), (heads, heads), by block. Raises `ValueError` if not finite."
     source = as_source(model)
     sums = [0]*len(anatomy(source.model))
     def observe(layer, P): sums[layer] = sums[layer] + _js_sums(P, distance)
@@ -170,7 +170,8 @@ def _mlp_rows(model, b):
 
 def _activation(model):
     "The activation function of the MLPs."
-    names = [getattr(model.config, k, None) for k in ('hidden_activation', 'hidden_act', 'activation_function')]
+    entries = ('hidden_activation', 'hidden_act', 'activation_function')
+    names = [getattr(model.config, e, None) for e in entries]
     return ACT2FN[next(n for n in names if n)]
 
 # %% ../nbs/30_depth2.ipynb #222c7093
@@ -243,7 +244,7 @@ def _first_level(
 class Depth2(Method):
     "Greedy output approximation: prune inner units by head similarity and second moments (Li et al. 2025)."
     name = 'depth2'
-    # False: nothing is re-fitted; True: first level, then kept columns; `one_step` and `two_step`: before the cut
+    # re-fit the first level, then the kept columns; False: nothing; `one_step`, `two_step`: all before the cut
     restore: bool | Literal['one_step', 'two_step'] = True
     # criterion for heads; value channels always have second moments
     heads: Literal['similarity', 'second_moment', 'random'] = 'similarity'
@@ -398,7 +399,7 @@ def allocate(self:Depth2, ctx):
 
 @patch
 def arrive(self:Depth2, v):
-    "Take moments and re-fit at a first level; at a second one, re-fit all columns where that comes before the cut."
+    "Take moments and re-fit at a first level; re-fit all columns at a second one, if that is the order."
     if v.level == 'first':
         v.found.moments = _Moments.of(v.X, v.gram)
         if v.leaving and v.dense and self.restore != 'one_step':
