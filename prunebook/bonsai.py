@@ -95,7 +95,7 @@ def _mlp_stand_ins(model, c, gone):
     return [_second_stand_in(model, c, units, real), *_first_stand_ins(model, _rows_of(c, units))]
 
 def _attention_stand_ins(model, c, gone, narrow):
-    "Pairs (module, function) with which attention computes without some units; `narrow`: in first linears, too."
+    "Pairs (module, function) with which attention leaves out some units; `narrow`: in first linears, too."
     stay = (~gone).nonzero().flatten()
     second = _second_stand_in(model, c, stay, len(stay), select=not narrow)
     if not narrow: return [second]
@@ -121,7 +121,7 @@ def sub_model(
     table, # couplings of `model`
     gone, # True for units to leave out, all couplings one after the other, (units,)
 ):
-    "Context manager in which `model` runs without some units and their work. Raises `ValueError` if none would stay."
+    "Context manager in which `model` runs without some units. Raises `ValueError` for a coupling without any."
     shapes, pairs = anatomy(model), []
     with ExitStack() as told:
         for c, g in zip(table, _split(gone, table)):
@@ -675,7 +675,7 @@ class _Place:
 
 @patch
 def _evaluate(self:Bonsai, place, entry, share):
-    "Run the sub-models of a round, and note their losses in its entry. Raises `ValueError` for a useless model."
+    "Run the sub-models of a round; its entry gets their losses. Raises `ValueError` for a useless model."
     number, table, prior = len(self.history), entry['table'], entry['prior']
     gen = torch.Generator().manual_seed(1000*self.seed + number)
     pool = _in_play(table, prior, share, self.design == 'published')
