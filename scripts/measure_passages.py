@@ -49,11 +49,7 @@ def depth2(model, tokenizer):
     targets = {n: mlp_outputs(model, w) for n, w in (('calibration', fit), ('held_out', few))}
     misfits = lambda m: dict(calibration=misfit(m, targets['calibration'], fit), held_out=misfit(m, targets['held_out'], few))
     found = dict(dense=dict(losses=losses(model)), reconstruct={}, trust={}, no_text={})
-<<<<<<< HEAD
-    for r, restore in dict(none=False, one_step='one_step', two_step='two_step', kept_columns=True).items():
-=======
     for r, restore in WAYS.items():
->>>>>>> bonsai
         small, plan = prune(model, fit, Depth2(restore=restore), sparsity=.2)
         found['reconstruct'][r] = dict(losses=losses(small), block_errors=block_errors(model, small, few).tolist(), true_sparsity=plan.true_sparsity)
     for t in (.25, 0., 1.):                                # the last model of the loop above has .25

@@ -340,11 +340,7 @@ def test_a_state_of_something_else_is_one_sentence(state, tmp_path):
 
 class OnlyByTheHelper(TorchDispatchMode):
     "Stands in for a device without float64: a tensor becomes float64 only in `as_double`, or in a function that has moved its tensors before."
-<<<<<<< HEAD
-    moved = {'as_double', 'channel_moments', '_fold_mean', 'js_sums', 'bundles', 'prior_scores', 'window_losses'}
-=======
-    moved = {'as_double', 'channel_moments', 'fold_mean', '_js_sums', 'bundles', 'prior_scores', 'window_losses'}
->>>>>>> bonsai
+    moved = {'as_double', 'channel_moments', '_fold_mean', '_js_sums', 'bundles', 'prior_scores', 'window_losses'}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         read, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.ndim] for tree in ((args, kwargs), out))
