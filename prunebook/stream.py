@@ -232,6 +232,7 @@ def visits(
         v = Visit(ctx, c, stage, _goal(stage, goal))
         yield v
         v.__dict__.pop('gram', None)                       # the caller holds the visit until the next one comes
+        v.stage = v.dense = None                           # so that it must not hold what it has seen
 
 def _goal(stage, goal):
     "Outputs of the dense model at a second level; its stage at a first level."
