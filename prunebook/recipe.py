@@ -45,15 +45,16 @@ def _emptied(
     E[:, keep] = new.to(W)
     return E
 
-# %% ../nbs/70_recipe.ipynb #r4c5b089
+# %% ../nbs/70_recipe.ipynb #r8946966
 class _Riders:
     "Models that differ from the dense one in one second linear; of each, only the states are kept."
     def __init__(self,
-        model, # the dense model; what is outside of its blocks is in memory
+        source, # source of the dense model's blocks
         ids, # one batch of token ids, (batch, seqlen)
     ):
-        first, self.calls = record_calls(model, ids)
-        self.ids, self.states = ids, {None: first}         # None is the dense model
+        with source.embeddings(): first, self.calls = record_calls(source.model, ids)
+        self.source, self.ids = source, ids
+        self.keys, self.states = [], source.collect([first])   # the first is the dense model
 
     def step(self,
         layer, # module of a block that is open
@@ -61,8 +62,8 @@ class _Riders:
     ):
         "All of them run through a block."
         self.run = lambda x: through(layer, x, self.calls[index])
-        self.before = self.states[None]
-        for key, x in self.states.items(): self.states[key] = self.run(x)
+        self.before, before = self.states[0], self.states
+        self.states = self.source.collect(self.run(before[i]) for i in range(len(before)))
 
     def start(self,
         key, # what the new one is called
@@ -71,21 +72,20 @@ class _Riders:
     ):
         "One more rides along from here."
         change = lambda x: F.linear(x, W, linear.bias)
-        with replaced([(linear, change)]): self.states[key] = self.run(self.before)
+        with replaced([(linear, change)]): self.states.append(self.run(self.before))
+        self.keys.append(key)
 
-# %% ../nbs/70_recipe.ipynb #rec7be02
+# %% ../nbs/70_recipe.ipynb #rddfd070
 @patch
-def divergences(self:_Riders,
-    source, # source of the dense model's blocks
-):
+def divergences(self:_Riders):
     "Divergence of each from the dense model, by key. Raises `ValueError` for one that is not finite."
-    with source.ends():
-        logits = lambda state: logits_after(source.model, self.ids, state).float()
-        reference = F.log_softmax(logits(self.states.pop(None)), -1)
-        found = {}
-        for key, state in self.states.items():
-            found[key] = _divergence(logits(state), reference)
-            check_numbers(torch.tensor(found[key]), f'divergence of {key}', state.dtype)
+    model, found = self.source.model, {}
+    with self.source.ends():
+        logits = lambda i: logits_after(model, self.ids, self.states[i]).float()
+        reference = F.log_softmax(logits(0), -1)
+        for i, key in enumerate(self.keys, 1):
+            found[key] = _divergence(logits(i), reference)
+            check_numbers(torch.tensor(found[key]), f'divergence of {key}', model.dtype)
     return found
 
 # %% ../nbs/70_recipe.ipynb #r1dbb242
@@ -269,20 +269,20 @@ def _split(self:Recipe,
     fits = Windows(windows.ids[:len(windows) - m], windows.source)
     return fits, windows.ids[-max(m, 1):, :self.measure_seqlen]
 
-# %% ../nbs/70_recipe.ipynb #rcfa9f5f
+# %% ../nbs/70_recipe.ipynb #r0502975
 @patch
 def _probes(self:Recipe,
     ctx, # the `Context` of the run
 ):
     "Probes of every coupling by name: pairs of bundles that left and divergence."
     fits, ids = self._split(ctx.windows)
-    riders, found = _Riders(ctx.model, ids), {c.name: [] for c in ctx.table}
+    riders, found = _Riders(ctx.source, ids), {c.name: [] for c in ctx.table}
     for v in replace(ctx, windows=fits).look(Needs(everywhere=True), 'probing'):
         if v.part == 'attention': riders.step(v.model.get_submodule(v.stage.block.name), v.layer)
         if v.coupling is None: continue
         second = v.model.get_submodule(v.second)
         for k, W in self._trials(v): riders.start((v.coupling.name, k), second, W)
-    for (name, k), d in riders.divergences(ctx.source).items(): found[name].append((k, d))
+    for (name, k), d in riders.divergences().items(): found[name].append((k, d))
     return found
 
 # %% ../nbs/70_recipe.ipynb #42d9d487

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'rounded', 'strict_json', 'portable', 'Record', 'on_text', 'about']
+           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about']
 
 # %% ../nbs/65_record.ipynb #r65c0004
 import json
@@ -16,10 +16,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from unittest.mock import patch
+from unittest import mock
 
 import torch
-from fastcore.basics import patch as patched
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .evaluate import Perplexity, continuation, peak_memory, speed, weight_bytes, window_losses
@@ -201,7 +201,7 @@ def parts_timed(
     if not clocks:
         yield seconds
         return
-    with patch.multiple(module, **clocks): yield seconds
+    with mock.patch.multiple(module, **clocks): yield seconds
 
 # %% ../nbs/65_record.ipynb #b84d24b0
 def machine(
@@ -224,7 +224,7 @@ def _significant(x, digits):
     if isinstance(x, (list, tuple)): return [_significant(v, digits) for v in x]
     return float(f'{x:.{digits}g}') if isinstance(x, float) else x
 
-def rounded(
+def _rounded(
     entries, # entries of a record, plain values
 ):
     "The same entries; figures have the digits that they mean."
@@ -295,7 +295,7 @@ class Record:
     plain_transformers: bool = None # whether stock classes load it
 
 # %% ../nbs/65_record.ipynb #r65c0059
-@patched(cls_method=True)
+@patch(cls_method=True)
 def of(cls:Record,
     plan, # `PrunePlan`
     small, # the model that it made
@@ -311,12 +311,12 @@ def of(cls:Record,
                   'plain_transformers': fits_stock_class(small), **entries})
 
 # %% ../nbs/65_record.ipynb #r65c0062
-@patched
+@patch
 def text(self:Record):
     "What its file holds."
-    return strict_json(rounded({k: v for k, v in asdict(self).items() if v is not None})) + '\n'
+    return strict_json(_rounded({k: v for k, v in asdict(self).items() if v is not None})) + '\n'
 
-@patched(cls_method=True)
+@patch(cls_method=True)
 def read(cls:Record,
     path, # JSON file
 ):

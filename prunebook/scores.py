@@ -245,14 +245,6 @@ class FLAP(Method):
         add_bias(v.model.get_submodule(v.second), lost)
         return v.weight[:, keep]
 
-# %% ../nbs/10_scores.ipynb #36102505
-@patch
-def target(self:FLAP, ctx):
-    "Sparsity that also makes up for the biases that will be added."
-    if self.restore != 'bias': return ctx.sparsity
-    seconds = [ctx.model.get_submodule(c.second[0]) for c in ctx.table]
-    return ctx.sparsity + sum(weight_of(m).shape[0] for m in seconds if m.bias is None)/ctx.total
-
 # %% ../nbs/10_scores.ipynb #98762576
 def lost_mean(
     W, # weight of a second linear, (d, f)
@@ -285,6 +277,14 @@ def add_bias(
     W = weight_of(module)
     old = torch.zeros(len(W), dtype=W.dtype, device=W.device) if module.bias is None else module.bias.detach()
     module.bias = torch.nn.Parameter(old + b.to(W), requires_grad=W.requires_grad)
+
+# %% ../nbs/10_scores.ipynb #36102505
+@patch
+def target(self:FLAP, ctx):
+    "Sparsity that also makes up for the biases that will be added."
+    if self.restore != 'bias': return ctx.sparsity
+    seconds = [ctx.model.get_submodule(c.second[0]) for c in ctx.table]
+    return ctx.sparsity + sum(weight_of(m).shape[0] for m in seconds if m.bias is None)/ctx.total
 
 # %% ../nbs/10_scores.ipynb #fb3e3967
 def loss_gradients(

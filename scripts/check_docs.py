@@ -8,7 +8,7 @@ The notebooks are read as they are saved, processed by nbdev, given to pandoc, a
 - pandoc: citations are known, TeX can be parsed, fenced divs are closed;
 - smalldocs: _quarto.yml has no unknown key and names no missing file;
 - built pages, and README.md: links and anchors lead somewhere, also within the site's own address and to files of the repository;
-  ids are given once, cross-references resolve, images have alternative text, headings leave no level out;
+  no link is left as text, ids are given once, cross-references resolve, images have alternative text, headings leave no level out;
 - the sidebar lists every notebook once, and the bibliography each key once.
 Exit status: 0 if there is no problem, 1 otherwise. Needs nbdev, pypandoc_binary, lxml and smalldocs (Python 3.11 or later).
 """
@@ -118,6 +118,7 @@ def page_faults(page):
     yield from (f'id {i} is given more than once' for i in twice(ids))
     prose = ' '.join(page.xpath('.//main//text()[not(ancestor::pre or ancestor::code or ancestor::script or ancestor::style)]'))
     yield from (f'unresolved cross-reference @{x}' for x in dict.fromkeys(smoke_site.XREF.findall(prose)))
+    yield from (f'a link is shown as text: {x}' for x in dict.fromkeys(re.findall(r'\]\([^()\s]+\)', prose)))
     yield from (f'image without alternative text: {src[:60]}' for src in page.xpath('.//main//img[not(@alt) or @alt=""]/@src'))
     level = 1
     for h in page.xpath('.//main//*[self::h1 or self::h2 or self::h3 or self::h4 or self::h5 or self::h6]'):
@@ -153,7 +154,8 @@ def listed(node):
 
 def list_faults(nbs, names):
     "The sidebar lists each notebook once, and only files that exist; the bibliography has each key once and can be read."
-    given = [n for n in listed(yaml.safe_load((nbs/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']) if n.endswith('.ipynb')]
+    menu = yaml.safe_load((nbs/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']
+    given = [n for n in listed(menu) if n.endswith('.ipynb')]
     bib = (nbs/'references.bib').read_text(encoding='utf-8')
     return [*(f'sidebar.yml: {n} is listed more than once' for n in twice(given)),
             *(f'sidebar.yml: {n} does not exist' for n in sorted({*given} - {*names})),
@@ -189,6 +191,7 @@ def main():
     parser.add_argument('site', nargs='?', type=Path, help='folder to build into')
     parser.add_argument('--root', type=Path, default=ROOT, help='project folder')
     args = parser.parse_args()
+    if sys.version_info < (3, 11): return print('Skipped: the documentation is checked with Python 3.11 or later')
     root = args.root.resolve()
     site = (args.site or root/'_smoke').resolve()
     os.chdir(root)  # nbdev looks for settings.ini from here

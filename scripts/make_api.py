@@ -2,7 +2,8 @@
 
 usage: python scripts/make_api.py
 
-The page is made when the site is built or checked, and is not committed. Parameters, source and tests are in the chapters.
+The page is made when the site is built or checked, and is not committed. Parameters, source and tests are in the chapters. Names are not
+in backticks: nbdev would make a second link of them.
 """
 import importlib
 import inspect
@@ -39,7 +40,7 @@ def rows(root):
 def write(root):
     "Write the page of the project at `root`."
     from execnb.nbio import mk_cell, new_nb, write_nb
-    line = lambda name, module, said, link: f'| [`{name}`]({link}) | `{module}` | {said} |'
+    line = lambda name, module, said, link: f'| [{name}]({link}) | `{module}` | {said} |'
     table = '\n'.join(line(*r) for r in sorted(rows(root), key=lambda r: (r[0].lower(), r)))
     cells = ['# API reference\n> Every public name of the package, and the chapter that derives it',
              f'| name | module | what it is |\n|---|---|---|\n{table}']

@@ -23,7 +23,8 @@ def settings(root):
     ini.read(root/'settings.ini', encoding='utf-8')
     d = ini['DEFAULT']
     files = f'{d["git_url"]}/blob/{d["branch"]}/'
-    return dict(site=d['doc_host'] + d['doc_baseurl'], files=files, colab=f'https://colab.research.google.com/github/{d["user"]}/{d["repo"]}/blob/{d["branch"]}/')
+    colab = f'https://colab.research.google.com/github/{d["user"]}/{d["repo"]}/blob/{d["branch"]}/'
+    return dict(site=d['doc_host'] + d['doc_baseurl'], files=files, colab=colab)
 
 
 def source(cell): return ''.join(cell['source'])
@@ -56,7 +57,8 @@ def drop_signatures(nb):
         of = re.search(r'^show_doc\((?:\w+\.)*(\w+)\)', source(c), re.M)
         if not of or of[1] not in shown: continue
         for o in c['outputs']:
-            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = SIGNATURE.sub('', ''.join(o['data']['text/markdown']), count=1)
+            text = ''.join(o.get('data', {}).get('text/markdown', ''))
+            if text: o['data']['text/markdown'] = SIGNATURE.sub('', text, count=1)
 
 
 def prepare(nb, name, about):

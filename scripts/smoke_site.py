@@ -118,7 +118,7 @@ def write_project(books, nbs, folder):
     "Write processed notebooks, resolved, and everything else of nbs/ as a project that smalldocs builds."
     from nbdev.quarto import refresh_quarto_yml
     refresh_quarto_yml()
-    shutil.copytree(nbs, folder, ignore=lambda d, names: [n for n in names if n.endswith('.ipynb') or n.startswith('.')], dirs_exist_ok=True)
+    shutil.copytree(nbs, folder, ignore=shutil.ignore_patterns('*.ipynb', '.*'), dirs_exist_ok=True)
     names = {n: site_files.html_name(n, nb).replace('.html', '.ipynb') for n, nb in books.items()}
     for name, nb in books.items():
         numbers = labels_of(nb)

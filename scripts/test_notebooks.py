@@ -113,7 +113,8 @@ def execute(path, mode, seconds=float('inf')):
             except (CellExecutionError, DeadKernelError) as e: return f'FAILED\n{e}'
         else: i = len(cells) + 1
         client.execute_cell(nb.cells[-1], len(cells) + 1)
-    return f'passed, {nb.cells[-1].outputs[0].text.strip()} MB' + (f', {i - 1} of {len(cells)} cells run in {seconds:.0f} s' if i <= len(cells) else '')
+    short = f', {i - 1} of {len(cells)} cells run in {seconds:.0f} s' if i <= len(cells) else ''
+    return f'passed, {nb.cells[-1].outputs[0].text.strip()} MB{short}'
 
 
 def arguments(argv):
@@ -136,7 +137,8 @@ def main(argv=None):
     if args.others:
         modes, quarter = other_modes(), turn()%4 if args.quarter is None else args.quarter
         jobs += [(*job, args.seconds) for job in quarter_jobs(paths, modes, quarter)]
-        print(f'all in {" and ".join(args.mode)}; quarter {quarter} in {" and ".join(modes)}, {args.seconds:.0f} s each (--quarter {quarter} does it again)')
+        print(f'all in {" and ".join(args.mode)}; quarter {quarter} in {" and ".join(modes)}, {args.seconds:.0f} s each '
+              f'(--quarter {quarter} does it again)')
 
     def run(numbered):
         (i, (path, mode, seconds)), start = numbered, time.perf_counter()
@@ -147,7 +149,8 @@ def main(argv=None):
         return None if said.startswith('passed') else f'{path.name} ({mode})'
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool: failed = list(filter(None, pool.map(run, enumerate(jobs, 1))))
-    print(f'{len(jobs) - len(failed)} of {len(jobs)} runs of {len(paths)} notebooks passed' + (f'; failed: {", ".join(failed)}' if failed else ''))
+    print(f'{len(jobs) - len(failed)} of {len(jobs)} runs of {len(paths)} notebooks passed')
+    if failed: print(f'failed: {", ".join(failed)}')
     return 1 if failed else 0
 
 

@@ -12,10 +12,9 @@ from helpers import tiny_model
 from hypothesis import given, strategies as st
 
 from prunebook import bench as bench_module
-from prunebook.bench import Zeroing, bench, compare, finished, read_grid, recheck, run_cell
+from prunebook.bench import bench, compare, finished, read_grid, recheck, run_cell
 from prunebook.cli import main
 from prunebook.evaluate import window_losses
-from prunebook.models import decoder_linears
 from prunebook.record import Record, last_words, paired_speed, quality
 from prunebook.text import Windows, load_windows
 
@@ -90,6 +89,48 @@ def test_record(folder, written):
     assert r['linear_parameters']['after'] < r['linear_parameters']['before']
     assert r['units_left'].keys() == {f'{i}.mlp_channel' for i in range(3)} and set(r['speed']) == {'before', 'after', 'ratio'}
     assert 0 < r['disk_bytes'] - r['bytes']['after'] < 20000 and r['seconds']['forward_cpu'] > 0
+
+
+def test_what_only_makes_zeros_is_a_cell_too(folder, written):
+    methods = dict(weights=dict(method='elements', settings=dict(score='wanda')), whole=dict(method='structures', settings=dict(shots=1), parts=dict(factors=['curvature'])))
+    cells = read_grid(written(grid(folder, sparsities=[.5], seeds=[0], methods=methods)))
+    weights, whole = run_cell(cells['weights-0.5-0']), run_cell(cells['whole-0.5-0'])
+    for r in (weights, whole):
+        assert abs(r.true_sparsity - .5) < .02 and r.linear_parameters['after'] == r.linear_parameters['before']
+        assert r.losses['after'] != r.losses['before'] and r.units_left is None
+    assert all(.4 < z < .6 for z in weights.zeros.values()) and weights.removable is None    # the same in each matrix
+    assert max(whole.zeros.values()) > .6 > .4 > min(whole.zeros.values()) and 0 <= whole.removable < .5
+    assert 0 < whole.parts_cpu['factors'] < whole.seconds['prune_cpu']
+
+
+def test_settings_of_zeroing_are_checked(folder, written):
+    for settings, words in [(dict(score='luck'), "score is 'luck'"), ({}, 'score')]:
+        methods = dict(weights=dict(method='elements', settings=settings))
+        with pytest.raises(ValueError, match=words): read_grid(written(grid(folder, methods=methods)))
+    for method, settings in dict(structures=dict(criteria='full'), elements=dict(score='wanda', steps=3)).items():
+        with pytest.raises(ValueError, match='has no setting'): read_grid(written(grid(folder, methods={method: dict(settings=settings)})))
+
+
+def test_a_cell_that_evaluates_nothing(folder, written, tmp_path):
+    "Time and memory alone; comparing it later looks at the sparsity."
+    path = written(grid(folder, seeds=[0], methods=dict(fasp=dict(evaluation=[], names='memory-{label}'))))
+    cell = read_grid(path)['memory-fasp']
+    r = json.loads(run_cell(cell).text())
+    assert 'perplexity' not in r and 'losses' not in r and r['seconds']['prune'] > 0 and r['bytes']['after'] < r['bytes']['before']
+    assert compare(r, r) == [] and len(compare(r, {**r, 'true_sparsity': .5})) == 1
+
+
+def test_two_texts(folder, written, tmp_path):
+    (tmp_path/'other.txt').write_text('The quick brown fox jumps over the lazy dog. '*20)
+    texts = [WINDOWS, dict(text=str(tmp_path/'other.txt'), n=2, seqlen=32)]
+    r = run_cell(read_grid(written(grid(folder, evaluation=texts)))['cut-0.2-0'])
+    assert [*r.other_texts] == ['other.txt']
+    other = r.other_texts['other.txt']
+    assert len(r.losses['after']) == 3 and len(other['losses']['after']) == 2 and other['evaluation'].startswith('2 windows of 32')
+    old = json.loads(r.text())
+    new = json.loads(r.text())
+    next(iter(new['other_texts'].values()))['perplexity']['after']['value'] *= 9
+    assert compare(old, old) == [] and len(compare(old, new)) == 1
 
 
 def test_runs_once_and_goes_on(folder, written, tmp_path):

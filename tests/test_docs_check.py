@@ -101,7 +101,7 @@ BAD_PAGE = notebook(
     code('#| default_exp bad'),
     md('[page](30_nothing.ipynb) [anchor](10_method.ipynb#nothing) [here](#nowhere) [file](data/nothing.csv)\n'
        '[site](https://mini.example.org/mini/nothing.html) [repo](https://git.example.org/mini/mini/blob/main/nothing.py)\n'
-       '![](images/none.png) ![](images/a.png)'),
+       '[`double`](10_method.ipynb#double) ![](images/none.png) ![](images/a.png)'),
     md('$$a$$ {#eq-twice}\n\n$$b$$ {#eq-twice}\n\n## S {#sec-s}\n\n@eq-lost @fig-nocap @sec-s @nobody1999\n\n#### Too deep'),
     md('$$\\frac{1}{$$'),
     code('#| label: fig-nocap\n1', result(image_png='aGk=')),
@@ -126,6 +126,7 @@ FAULTS = {
     'missing page of our own site': 'bad.html: broken link https://mini.example.org/mini/nothing.html',
     'missing file of our repository': 'broken link https://git.example.org/mini/mini/blob/main/nothing.py: no such file',
     'missing image': 'bad.html: broken link images/none.png',
+    'link within a link that nbdev makes': 'bad.html: a link is shown as text: ](method.ipynb#double)',
     'label given twice': 'id eq-twice is given more than once',
     'label without a target': 'unresolved cross-reference @eq-lost',
     'reference to an unnumbered section': 'unresolved cross-reference @sec-s',
@@ -212,9 +213,9 @@ def test_page_of_the_api(good, good_report):
     "Every public name, with its docstring's first line and a link that works; a constant with its comment."
     cells = json.loads((good/'nbs'/'api.ipynb').read_text(encoding='utf-8'))['cells']
     rows = [line.strip() for c in cells for line in c['source'] if line.startswith('| [')]
-    assert rows == ['| [`double`](10_method.ipynb#double) | `method` | Twice \\| `x`. |',
-                    '| [`thrice`](10_method.ipynb#thrice) | `method` | Three times `x`. |',
-                    '| [`TWO`](10_method.ipynb) | `method` | a number |']
+    assert rows == ['| [double](10_method.ipynb#double) | `method` | Twice \\| `x`. |',
+                    '| [thrice](10_method.ipynb#thrice) | `method` | Three times `x`. |',
+                    '| [TWO](10_method.ipynb) | `method` | a number |']
 
 
 def test_signature_is_printed_once(good, good_report):

@@ -1,7 +1,7 @@
 """The site in a browser: every page opens without errors, in both themes and at the width of a phone; figures answer the keyboard.
 
-The site is built without Quarto (scripts/smoke_site.py), or is the one that SITE names, and served on this machine; requests to anywhere else are blocked, and their failure is no
-error. Needs smalldocs, playwright and Chromium (`apt-get install chromium`, or CHROMIUM=path); axe-core and MathJax come from npm (`make site-tools`).
+The site is built without Quarto (scripts/smoke_site.py), or is the one that SITE names, and served on this machine; requests to
+anywhere else are blocked, and their failure is no error. Needs smalldocs, playwright and Chromium (`apt-get install chromium`, or CHROMIUM=path); axe-core and MathJax come from npm (`make site-tools`).
 Screenshots of a few pages are left in _smoke/.screenshots, to be looked at.
 """
 import functools
@@ -42,8 +42,8 @@ def chromium():
 @pytest.fixture(scope='session')
 def built():
     "Folder of the site: the one named in SITE, or built here."
-    if GIVEN: return SITE
     pytest.importorskip('smalldocs', reason='smalldocs is not installed (it needs Python 3.11 or later)')
+    if GIVEN: return SITE
     res = subprocess.run([sys.executable, str(ROOT/'scripts'/'smoke_site.py'), str(SITE)], capture_output=True, text=True)
     assert res.returncode == 0, res.stdout[-2000:] + res.stderr[-2000:]
     return SITE
