@@ -160,6 +160,11 @@ def save_tensors(
     try: save_file(tensors, file, metadata=dict(format='pt'))
     except SafetensorError as e: raise OSError(f'{file} cannot be written ({e}); {_FREE}') from e
 
+# %% ../nbs/05a_sources.ipynb #11fc4bb7
+def _give_back():
+    "Give freed memory back to the system, where the allocator can do so (glibc)."
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
+
 # %% ../nbs/05a_sources.ipynb #166e1c93
 def _raw(x):
     "The bytes of a tensor, without a copy if it is contiguous and on the CPU."
@@ -271,11 +276,6 @@ class OnDisk:
         for name in self.names:
             yield name, _checked(name, self.read(name), shapes[name])
             _give_back()
-
-# %% ../nbs/05a_sources.ipynb #11fc4bb7
-def _give_back():
-    "Give freed memory back to the system, where the allocator can do so (glibc)."
-    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
 
 # %% ../nbs/05a_sources.ipynb #989ddd18
 def _own(module): return module.named_parameters(recurse=False)
