@@ -17,12 +17,13 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from . import estimate as cost
 from .couplings import anatomy, couplings, slice_units, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
 from .plan import REMEDIES, check_numbers, global_steps, keep_after, uniform_steps
 from .stream import run_key
-from .walk import replaced, walk, walk_bytes
+from .walk import replaced, walk
 
 # %% ../nbs/40_bonsai.ipynb #9d2da574
 def kendall_tau(
@@ -622,17 +623,28 @@ def summary(self:Bonsai):
 
 # %% ../nbs/40_bonsai.ipynb #3b669d3e
 @patch
-def work(self:Bonsai,
-    model, # a causal language model; may be on the meta device
-    tokens, # calibration tokens
-    sparsity=.2, # fraction of decoder parameters to remove
-):
-    "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
-    linears, every = n_parameters(decoder_linears(model).values()), n_parameters([model])
-    seqlen = min(self.seqlen or tokens, tokens)
-    rounds, read, forward = math.ceil(sparsity/self.step - 1e-9), min(tokens, (self.windows or tokens)*seqlen), 2*linears*tokens
-    runs = 0 if self.estimator == 'prior' else rounds*(self.evaluations + max(1, min(self.evaluations//8, tokens//read)))
-    memory = walk_bytes(model, tokens)
-    held = max(sum(memory.values()), 4*model.config.vocab_size*min(read, 8*seqlen))
-    repair = sum(2*w**2*tokens*.625 + w**3/3 for b in anatomy(model) for w in (b.mlp_width, b.heads*b.value_dim)) + forward if self.restore else 0
-    return dict(bytes=every*model.dtype.itemsize*(2 if self.restore else 1) + held, forward_flops=forward, flops=rounds*forward + runs*2*every*read + repair)
+def before_work(self:Bonsai, job):
+    "Rounds of a prior and of sub-models, on a copy of the model where the kept columns are re-fitted afterwards."
+    rounds = math.ceil(job.sparsity/self.step - 1e-9)
+    prior = cost.Work() if self.prior == 'random' else cost.walking(job, visit=self._prior_work)
+    losses = cost.Work() if self.estimator == 'prior' else self._losses_work(job, job.sparsity/rounds)
+    copied = cost.weight_bytes(job.model) if self.restore else 0
+    return (cost.hold(copied) + (prior + losses)*rounds)*1
+
+@patch
+def _prior_work(self:Bonsai, job, p, level):
+    "All inputs of a second linear in float32, and their squares; the same of its weight."
+    return cost.brief(8*job.tokens*p.f + 8*job.d*p.f)
+
+@patch
+def _losses_work(self:Bonsai, job, gone):
+    "Sub-models without a share of the parameters, the whole model on each text, and the regression."
+    seqlen = min(self.seqlen or job.seqlen, job.seqlen)
+    pieces = job.windows*(job.seqlen//seqlen)
+    read = min(self.windows or pieces, pieces)
+    texts = max(1, min(self.evaluations//8, pieces//read))
+    runs, batch = self.evaluations + texts, min(read, job.run.batch_size)*seqlen
+    passes = cost.forward_blocks(job, read*seqlen, seqlen)*(runs - gone*self.evaluations) + cost.head(job, read*seqlen)*runs
+    logits = cost.brief(job.vocabulary*(job.size*batch + 8*seqlen))                               # of a batch; of a window in float32
+    masks = sum(c.n_units for c in job.table)*self.evaluations
+    return passes + logits + cost.brief(8*masks*(1 + 2*min(1, 2*gone)))                           # in float64: all units, then those in play

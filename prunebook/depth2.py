@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2FN
 from transformers.masking_utils import eager_mask
+from . import estimate as cost
 from .couplings import anatomy, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
@@ -23,7 +24,7 @@ from .repair import double_device
 from .sources import as_source
 from .stream import cross_gram, give_weight
 from .text import Windows, random_tokens
-from .walk import gram, walk, walk_bytes
+from .walk import gram, walk
 
 # %% ../nbs/30_depth2.ipynb #50d73713
 @contextmanager
@@ -358,12 +359,31 @@ def block_errors(
 
 # %% ../nbs/30_depth2.ipynb #c1a9671e
 @patch
-def work(self:Depth2, model, tokens, sparsity=.2):
-    "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
-    d, shapes, reads = model.config.hidden_size, anatomy(model), bool(self.restore)
-    forward = 2*n_parameters(decoder_linears(model).values())*tokens
-    parts = [b.mlp_width for b in shapes if 'mlp_channel' in self.units] + [b.heads*b.value_dim for b in shapes if set(self.units) - {'mlp_channel'}]
-    sums = sum(2*tokens*(.625*d*d + reads*(d*d + .625*f*f + f*d)) + reads*(f**3 + d**3)/3 for f in parts)   # products, and factorizations
-    walks, block = 1 + (reads and self.trust > 0), n_parameters(decoder_linears(model).values())//len(shapes)*model.dtype.itemsize
-    memory = sum(p.numel() for p in model.parameters())*model.dtype.itemsize + walks*sum(walk_bytes(model, tokens).values()) + reads*block
-    return dict(bytes=memory, forward_flops=forward, flops=walks*forward + sums)
+def visit_work(self:Depth2, job, p, level='second'):
+    "Moments and a fit at a first level, scores and a fit at a second."
+    if level == 'first': return self._first_work(job, p)
+    scores = cost.brief(8*max(job.batch, job.d)*p.f)
+    if not self.restore: return scores
+    fitted = p.m if self.restore is True else p.f
+    return (scores + cost.gram(job, p.f) + cost.aimed(job, p, bool(self.trust), fitted))*1
+
+@patch
+def _first_work(self:Depth2, job, p):
+    "Second moments twice (sums and means), and new weights of the first linears."
+    d, rows = job.d, cost.first_rows(job, p)
+    moments = cost.gram(job, d) + cost.brief(4*job.batch*d) + cost.hold(4*d*d)
+    if not self.needs.dense or self.restore == 'one_step' or p.m == p.f: return moments*1
+    targets = cost.hold(4*d*d) + cost.cross(job, d, d) + cost.hold(-4*d*d)
+    right = cost.linear(d, d, rows) + cost.brief(4*rows*d) + cost.hold(4*rows*d + job.size*rows*d)          # and the old weights
+    return (moments + targets + right + cost.solve(d, rows, 4 if self.towards == 'weights' else 3))*1
+
+@patch
+def before_work(self:Depth2, job):
+    "Attention maps where heads are compared; a walk over random tokens where they give the moments."
+    total = cost.Work()
+    if self.heads == 'similarity' and any(c.kind in HEADS for c in job.table):
+        some = replace(job, tokens=min(self.map_windows, job.windows)*job.seqlen, run=replace(job.run, batch_size=min(4, job.run.batch_size)))
+        maps = some.batch*min(128, job.seqlen)*max(p.block.heads for p in job.places)        # probabilities of some rows
+        total += cost.walking(some) + cost.brief(28*maps)            # in float32, and three times in float64
+    if self.sigma == 'random': total += cost.walking(job, Needs(firsts=True), lambda job, p, level: cost.gram(job, job.d)*1 if level == 'first' else cost.Work())
+    return total

@@ -11,13 +11,15 @@ __all__ = ['UPDATES', 'element_costs', 'keep_strongest', 'remove_together', 'rem
 import math, warnings
 import torch
 from tqdm.auto import tqdm
+from . import estimate as cost
 from .couplings import weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows, input_leaders
+from .methods import Method
 from .models import decoder_linears, n_parameters
 from .repair import as_double, double_device
 from .scores import check_pattern, linears_to_sparsify, with_bias, zeros_among
 from .surgeon import set_weight
-from .walk import walk, walk_bytes
+from .walk import walk
 
 # %% ../nbs/51_elements.ipynb #958ea5b5
 def element_costs(
@@ -335,12 +337,14 @@ def elements_work(
     iterations=10, # of conjugate gradients
 ):
     "Estimated bytes and floating point operations of `sparsify_elements`: dict with `bytes`, `forward_flops`, `flops`."
-    linears, part, d = decoder_linears(model), walk_bytes(model, tokens), model.config.hidden_size
+    linears, d, job = decoder_linears(model), model.config.hidden_size, cost.Job(model, Method(), tokens)
     shapes, names = [tuple(weight_of(l).shape) for l in linears.values()], list(linears)
     read = {n: weight_of(linears[n]).shape[1] for n in input_leaders(model, names).values()}
     forward = 2*sum(r*c for r, c in shapes)*tokens
     flops = forward + sum(1.25*c**2*tokens for c in read.values()) + sum(element_products(r, c, gradients > 0, steps, iterations) for r, c in shapes)
-    memory = n_parameters([model])*model.dtype.itemsize + part['states'] + part['inputs'] + 3*part['gram'] + 40*max(r*c for r, c in shapes)
+    width = max(p.f for p in job.places)
+    waits = 2*cost.states(job) + cost.inputs(job, width)
+    memory = n_parameters([model])*model.dtype.itemsize + waits + 24*width**2 + 40*max(r*c for r, c in shapes)
     if gradients:
         flops += 2*forward*gradients/tokens + 4*model.config.vocab_size*d*gradients + sum(1.25*n**2*gradients for n in factor_rows(model, names).values())
         memory += curvature_bytes(model, names)

@@ -162,7 +162,6 @@ class Method:
     def run(self, ctx): return ctx.stream(self)            # one stream; methods of several rounds override it
     def ridge_for(self, tokens): return Ridge(damp_for(tokens) if self.damp is None else self.damp, self.towards, self.ridge)
     def only_slices(self): return not self.restore          # whether it changes no weight that stays
-    def work(self, model, tokens, sparsity=.2): "Estimated bytes and operations; None if unknown."
 
 # %% ../nbs/06_methods.ipynb #81f30b63
 @patch
