@@ -15,13 +15,14 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from . import estimate as cost
 from .couplings import UNITS, OwnConfig, anatomy, couplings, set_attribute, slice_units, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
 from .plan import REMEDIES, check_numbers, global_steps, keep_after, uniform_steps
 from .stream import run_key
 from .text import Windows
-from .walk import replaced, walk, walk_bytes
+from .walk import replaced, walk
 
 # %% ../nbs/40_bonsai.ipynb #9d2da574
 def _order_of_pairs(x):
@@ -822,30 +823,28 @@ def summary(self:Bonsai):
 
 # %% ../nbs/40_bonsai.ipynb #3b669d3e
 @patch
-def _runs(self:Bonsai, tokens, sparsity):
-    "Rounds, forward passes of sub-models and of the whole model in them, and the tokens that each reads."
-    rounds = math.ceil(sparsity/self.step - 1e-9)
-    seqlen = min(self.seqlen or tokens, tokens)
-    read = min(tokens, (self.windows or tokens)*seqlen)
-    if self.estimator == 'prior': return rounds, 0, read
-    whole = max(1, min(self.evaluations//8, tokens//read))
-    return rounds, rounds*(self.evaluations + whole), read
+def before_work(self:Bonsai, job):
+    "Rounds of a prior and of sub-models, on a copy of the model where the kept columns are re-fitted afterwards."
+    rounds = math.ceil(job.sparsity/self.step - 1e-9)
+    prior = cost.Work() if self.prior == 'random' else cost.walking(job, visit=self._prior_work)
+    losses = cost.Work() if self.estimator == 'prior' else self._losses_work(job, job.sparsity/rounds)
+    copied = cost.weight_bytes(job.model) if self.restore else 0
+    return (cost.hold(copied) + (prior + losses)*rounds)*1
 
 @patch
-def work(self:Bonsai,
-    model, # a causal language model; may be on the meta device
-    tokens, # calibration tokens
-    sparsity=.2, # fraction of decoder parameters to remove
-):
-    "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
-    every = n_parameters([model])
-    rounds, runs, read = self._runs(tokens, sparsity)
-    forward = 2*n_parameters(decoder_linears(model).values())*tokens
-    logits = 4*model.config.vocab_size*min(read, 8*min(self.seqlen or tokens, tokens))
-    held = max(sum(walk_bytes(model, tokens).values()), logits)
-    weights = every*model.dtype.itemsize*(2 if self.restore else 1)
-    flops = rounds*forward + runs*2*every*read
-    if self.restore:
-        widths = [w for b in anatomy(model) for w in (b.mlp_width, b.heads*b.value_dim)]
-        flops += sum(2*w**2*tokens*.625 + w**3/3 for w in widths) + forward
-    return dict(bytes=weights + held, forward_flops=forward, flops=flops)
+def _prior_work(self:Bonsai, job, p, level):
+    "All inputs of a second linear in float32, and their squares; the same of its weight."
+    return cost.brief(8*job.tokens*p.f + 8*job.d*p.f)
+
+@patch
+def _losses_work(self:Bonsai, job, gone):
+    "Sub-models without a share of the parameters, the whole model on each text, and the regression."
+    seqlen = min(self.seqlen or job.seqlen, job.seqlen)
+    pieces = job.windows*(job.seqlen//seqlen)
+    read = min(self.windows or pieces, pieces)
+    texts = max(1, min(self.evaluations//8, pieces//read))
+    runs, batch = self.evaluations + texts, min(read, job.run.batch_size)*seqlen
+    passes = cost.forward_blocks(job, read*seqlen, seqlen)*(runs - gone*self.evaluations) + cost.head(job, read*seqlen)*runs
+    logits = cost.brief(job.vocabulary*(job.size*batch + 8*seqlen))                               # of a batch; of a window in float32
+    masks = sum(c.n_units for c in job.table)*self.evaluations
+    return passes + logits + cost.brief(8*masks*(1 + 2*min(1, 2*gone)))                           # in float64: all units, then those in play

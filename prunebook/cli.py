@@ -222,10 +222,10 @@ def _windows(model, tokenizer, source, n, seqlen, seed, eval_n, bos):
     return (load_windows(source, model, tokenizer, n, seqlen, seed, bos=bos),
             load_windows(held_out, model, tokenizer, eval_n, seqlen, evaluation=True, bos=bos))
 
-def _estimate(model, method, windows, sparsity):
+def _estimate(model, method, windows, sparsity, run):
     "One line about memory and work, from shapes alone."
-    w = method.work(model, windows.ids.numel(), sparsity)
-    if not w: return None
+    from prunebook.estimate import estimate
+    w = estimate(model, method, windows.ids.numel(), sparsity, run, windows.seqlen, inplace=True)
     work = f'{w["flops"]/1e12:.1f} TFLOP, {w["flops"]/w["forward_flops"]:.1f} times a forward pass'
     return f'This needs about {w["bytes"]/2**30:.1f} GiB and {work} (estimates).'
 
@@ -242,7 +242,7 @@ def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run):
     from prunebook.pruning import prune
     from prunebook.record import paired_speed, timed, timed_forward
     _say(f'Calibration: {calibration!r}')
-    if guess := _estimate(net, method, calibration, sparsity): _say(guess)
+    _say(_estimate(net, method, calibration, sparsity, run))
     before = _state(net, tokenizer, test, 'dense') if report else None
     _say(f'Pruning with {method} ...')
     forward = timed_forward(net, calibration) if report else None

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2FN
 from transformers.masking_utils import eager_mask
+from . import estimate as cost
 from .couplings import UNITS, anatomy, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
@@ -22,7 +23,7 @@ from .repair import double_device
 from .sources import as_source
 from .stream import cross_gram, give_weight
 from .text import Windows, random_tokens
-from .walk import gram, walk, walk_bytes
+from .walk import gram, walk
 
 # %% ../nbs/30_depth2.ipynb #50d73713
 def _attention_in_pieces(query, key, value, mask, scale, rows, show):
@@ -448,26 +449,32 @@ def block_errors(
     return total/windows.ids.numel()
 
 # %% ../nbs/30_depth2.ipynb #c1a9671e
-def _sums_work(d, f, tokens, fitted):
-    "Operations for the products of one sub-layer, of widths `d` and `f`, and for their factorizations."
-    gram = lambda n: .625*2*n*n*tokens
-    if not fitted: return gram(d)
-    return gram(d) + gram(f) + 2*tokens*(d*d + f*d) + (f**3 + d**3)/3
+@patch
+def visit_work(self:Depth2, job, p, level='second'):
+    "Moments and a fit at a first level, scores and a fit at a second."
+    if level == 'first': return self._first_work(job, p)
+    scores = cost.brief(8*max(job.batch, job.d)*p.f)
+    if not self.restore: return scores
+    fitted = p.m if self.restore is True else p.f
+    return (scores + cost.gram(job, p.f) + cost.aimed(job, p, bool(self.trust), fitted))*1
 
 @patch
-def work(self:Depth2,
-    model, # a causal language model; may be on the meta device
-    tokens, # calibration tokens
-    sparsity=.2, # fraction of decoder parameters to remove
-):
-    "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
-    shapes, size, fitted = anatomy(model), model.dtype.itemsize, bool(self.restore)
-    linears = n_parameters(decoder_linears(model).values())
-    walks = 1 + (fitted and self.trust > 0)
-    width = dict(mlp=lambda b: b.mlp_width, attention=lambda b: b.heads*b.value_dim)
-    widths = [width[p](b) for p in sorted({UNITS[k].part for k in self.units}) for b in shapes]
-    sums = sum(_sums_work(model.config.hidden_size, f, tokens, fitted) for f in widths)
-    weights = sum(p.numel() for p in model.parameters())*size + fitted*(linears//len(shapes)*size)
-    forward = 2*linears*tokens
-    return dict(bytes=weights + walks*sum(walk_bytes(model, tokens).values()), forward_flops=forward,
-                flops=walks*forward + sums)
+def _first_work(self:Depth2, job, p):
+    "Second moments twice (sums and means), and new weights of the first linears."
+    d, rows = job.d, cost.first_rows(job, p)
+    moments = cost.gram(job, d) + cost.brief(4*job.batch*d) + cost.hold(4*d*d)
+    if not self.needs.dense or self.restore == 'one_step' or p.m == p.f: return moments*1
+    targets = cost.hold(4*d*d) + cost.cross(job, d, d) + cost.hold(-4*d*d)
+    right = cost.linear(d, d, rows) + cost.brief(4*rows*d) + cost.hold(4*rows*d + job.size*rows*d)          # and the old weights
+    return (moments + targets + right + cost.solve(d, rows, 4 if self.towards == 'weights' else 3))*1
+
+@patch
+def before_work(self:Depth2, job):
+    "Attention maps where heads are compared; a walk over random tokens where they give the moments."
+    total = cost.Work()
+    if self.heads == 'similarity' and any(_whole_heads([c.kind]) for c in job.table):
+        some = replace(job, tokens=min(self.map_windows, job.windows)*job.seqlen, run=replace(job.run, batch_size=min(4, job.run.batch_size)))
+        maps = some.batch*min(128, job.seqlen)*max(p.block.heads for p in job.places)        # probabilities of some rows
+        total += cost.walking(some) + cost.brief(28*maps)            # in float32, and three times in float64
+    if self.sigma == 'random': total += cost.walking(job, Needs(firsts=True), lambda job, p, level: cost.gram(job, job.d)*1 if level == 'first' else cost.Work())
+    return total

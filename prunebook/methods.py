@@ -150,7 +150,7 @@ class Method:
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
-        if cls.name: METHODS[cls.name] = cls
+        if name := cls.__dict__.get('name'): METHODS[name] = cls             # a name that is inherited is its parent's
 
     def __post_init__(self): self.check()
 
@@ -173,7 +173,6 @@ class Method:
         return Ridge(damp, self.towards, self.ridge)
 
     def only_slices(self): return not self.restore          # whether it changes no weight that stays
-    def work(self, model, tokens, sparsity=.2): "Estimated bytes and operations; None if unknown."
 
 # %% ../nbs/06_methods.ipynb #81f30b63
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Random', 'with_bias', 'module_names', 'Magnitude', 'check_pattern', 'wanda_mask', 'linears_to_sparsify',
-           'zeros_among', 'sparsify', 'WandaSp', 'channel_moments', 'fluctuation', 'FLAP', 'Taylor', 'scored_work']
+           'zeros_among', 'sparsify', 'WandaSp', 'channel_moments', 'fluctuation', 'FLAP', 'Taylor']
 
 # %% ../nbs/10_scores.ipynb #099785c8
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from . import estimate as cost
 from .couplings import anatomy, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
 from .plan import check_numbers, check_sparsity, global_steps
 from .repair import Ridge, as_double, double_device
 from .text import Windows
-from .walk import record_calls, walk_bytes
+from .walk import record_calls
 
 # %% ../nbs/10_scores.ipynb #ab5211e0
 @dataclass
@@ -124,25 +125,6 @@ def zeros_among(
     weights = [weight_of(l) for l in linears.values()]
     return sum((W == 0).sum().item() for W in weights)/sum(W.numel() for W in weights)
 
-# %% ../nbs/10_scores.ipynb #cfd9364c
-def _forward_block(model, b, states, calls):
-    "States after block `b`, for each batch."
-    layer = model.get_submodule(b.name)
-    out = [layer(x, *call[b.layer][0], **call[b.layer][1]) for x, call in zip(states, calls)]
-    return [y if isinstance(y, torch.Tensor) else y[0] for y in out]
-
-def _input_norms(linears, run):
-    "Two-norm over all tokens of every input of some linears, while `run()` runs."
-    squares = [torch.zeros(weight_of(l).shape[1], device=weight_of(l).device) for l in linears]
-    def adder(total):
-        def add(l, args): total.add_(args[0].flatten(0, -2).float().pow(2).sum(0))
-        return add
-    handles = [l.register_forward_pre_hook(adder(s)) for l, s in zip(linears, squares)]
-    try: run()
-    finally:
-        for h in handles: h.remove()
-    return [s.sqrt() for s in squares]
-
 # %% ../nbs/10_scores.ipynb #a2d265a1
 @torch.no_grad()
 def sparsify(
@@ -165,12 +147,31 @@ def sparsify(
         states = _forward_block(model, b, states, calls)
     return zeros_among(linears)
 
+# %% ../nbs/10_scores.ipynb #cfd9364c
+def _forward_block(model, b, states, calls):
+    "States after block `b`, for each batch."
+    layer = model.get_submodule(b.name)
+    out = [layer(x, *call[b.layer][0], **call[b.layer][1]) for x, call in zip(states, calls)]
+    return [y if isinstance(y, torch.Tensor) else y[0] for y in out]
+
+def _input_norms(linears, run):
+    "Two-norm over all tokens of every input of some linears, while `run()` runs."
+    squares = [torch.zeros(weight_of(l).shape[1], device=weight_of(l).device) for l in linears]
+    def adder(total):
+        def add(l, args): total.add_(args[0].flatten(0, -2).float().pow(2).sum(0))
+        return add
+    handles = [l.register_forward_pre_hook(adder(s)) for l, s in zip(linears, squares)]
+    try: run()
+    finally:
+        for h in handles: h.remove()
+    return [s.sqrt() for s in squares]
+
 # %% ../nbs/10_scores.ipynb #956c0df2
 @dataclass
 class WandaSp(Method):
     "Remove the units with the smallest mean Wanda score (eq. wandasp), as in the code of FLAP."
     name = 'wanda_sp'
-    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
+    units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
 
     def score(self, v):
         squares = sum(x.flatten(0, -2).float().pow(2).sum(0) for x in v.X)                   # (f,)
@@ -289,25 +290,12 @@ def _bias_mean(
     _add_bias(v.model.get_submodule(v.second), lost)
     return v.weight[:, keep]
 
-# %% ../nbs/10_scores.ipynb #98762576
-def _fold_mean(
-    v, # a `Visit`
-    keep, # columns that stay, (m,)
-    lost, # mean that is lost, (d,)
-    ridge, # a `Ridge`
-):
-    "Kept columns that also make the lost mean (eq. fold), (d, m)."
-    total = sum(x.to(double_device(x.device)).flatten(0, -2).sum(0, dtype=torch.float64) for x in v.X)
-    ones = _constant_weights(v.gram[keep][:, keep], total[keep.to(total.device)], ridge)
-    kept = as_double(v.weight[:, keep])
-    return (kept + lost[:, None].to(kept.device)*ones.to(kept.device)).to(v.weight)
-
 # %% ../nbs/10_scores.ipynb #888ff692
 @dataclass
 class FLAP(Method):
     "Remove what fluctuates least, compared across matrices (eq. z), and keep its mean (An et al. 2024)."
     name = 'flap'
-    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
+    units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
     restore: bool | Literal['folded', 'bias'] = 'folded' # where the lost mean goes; True re-fits
     square_attention: bool = True # square the scores of attention, as the published code does
 
@@ -321,6 +309,19 @@ class FLAP(Method):
         give_back = dict(folded=_fold_mean, bias=_bias_mean)[self.restore]
         lost = _lost_mean(v.weight, keep, v.found.means[v.coupling.name])
         return give_back(v, keep, lost, self.ridge_for(v.tokens))
+
+# %% ../nbs/10_scores.ipynb #98762576
+def _fold_mean(
+    v, # a `Visit`
+    keep, # columns that stay, (m,)
+    lost, # mean that is lost, (d,)
+    ridge, # a `Ridge`
+):
+    "Kept columns that also make the lost mean (eq. fold), (d, m)."
+    total = sum(x.to(double_device(x.device)).flatten(0, -2).sum(0, dtype=torch.float64) for x in v.X)
+    ones = _constant_weights(v.gram[keep][:, keep], total[keep.to(total.device)], ridge)
+    kept = as_double(v.weight[:, keep])
+    return (kept + lost[:, None].to(kept.device)*ones.to(kept.device)).to(v.weight)
 
 # %% ../nbs/10_scores.ipynb #fb3e3967
 def _loss_gradients(
@@ -374,7 +375,7 @@ def _weight_times_gradient(
 class Taylor(Method):
     "Remove the units that matter least to the loss, to first order (eq. paramfirst), as in LLM-Pruner."
     name = 'taylor'
-    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
+    units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
     samples: int | None = setting(10, least=1) # calibration windows for the gradient; None for all
     seqlen: int | None = setting(64, least=2) # their first tokens; None for all
     vectorize: bool = False # add signed terms within a row or column
@@ -390,34 +391,39 @@ class Taylor(Method):
         return {c.name: _unit_sums(c, P) for c in ctx.table}
 
 # %% ../nbs/10_scores.ipynb #7af6a8d7
-def scored_work(method, model, tokens, walks, solves):
-    "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
-    part, forward = walk_bytes(model, tokens), 2*n_parameters(decoder_linears(model).values())*tokens
-    memory = n_parameters([model])*model.dtype.itemsize + (walks > 0)*(part['states'] + part['inputs']) + solves*part['gram']
-    widths = [w for b in anatomy(model) for w in [b.mlp_width]*('mlp_channel' in method.units) + [b.heads*b.value_dim]*any(u != 'mlp_channel' for u in method.units)]
-    solve = sum(2*w**2*tokens*.625 + w**3/3 + 2*w**2*model.config.hidden_size*(method.restore is True) for w in widths)
-    return dict(bytes=memory, forward_flops=forward, flops=walks*forward + solves*solve)
+@patch
+def visit_work(self:Magnitude, job, p, level='second'):
+    "Squares of all tied weights, and one more copy of the widest."
+    squares = 4*(cost.first_rows(job, p) + 2*p.f)*job.d
+    return cost.brief(squares) + Method.visit_work(self, job, p)
 
 @patch
-def work(self:Random, model, tokens, sparsity=.2): return scored_work(self, model, tokens, int(self.restore), self.restore)
+def visit_work(self:WandaSp, job, p, level='second'):
+    "Inputs and their squares, one batch at a time; weights and their magnitudes."
+    return cost.brief(8*job.batch*p.f) + cost.brief(8*job.d*p.f) + Method.visit_work(self, job, p)
+
 @patch
-def work(self:Magnitude, model, tokens, sparsity=.2): return scored_work(self, model, tokens, int(self.restore), self.restore)
+def before_work(self:FLAP, job):
+    "A look at the dense model: deviations and their squares of a batch, in float64; the same of the weights."
+    moments = lambda job, p, level: cost.brief(16*max(job.batch, job.d)*p.f)
+    return cost.walking(job, visit=moments)
+
 @patch
-def work(self:WandaSp, model, tokens, sparsity=.2): return scored_work(self, model, tokens, 1, self.restore)
-@patch
-def work(self:FLAP, model, tokens, sparsity=.2): return scored_work(self, model, tokens, 1 + self.needs.text, self.needs.text)
+def visit_work(self:FLAP, job, p, level='second'):
+    "What is lost, and weights that make a constant of the kept inputs."
+    if self.restore in (True, False): return Method.visit_work(self, job, p)
+    lost = cost.brief((8 + job.size)*(p.f - p.m)*job.d)
+    if self.restore == 'bias': return lost
+    matrix = cost.brief(4*p.m*p.f) + cost.hold(4*p.m**2)             # kept rows, then kept columns of them
+    return (cost.gram(job, p.f) + cost.brief(8*job.batch*p.f) + matrix + cost.solve(p.m, 1, 3) + cost.hold(-4*p.m**2) + lost + cost.brief(16*job.d*p.m))*1
 
 # %% ../nbs/10_scores.ipynb #83b3ae45
 @patch
-def work(self:Taylor,
-    model, # a causal language model; may be on the meta device
-    tokens, # calibration tokens
-    sparsity=.2, # fraction of decoder parameters to remove
-):
-    "With the backward pass: gradients, their sums, and what a batch keeps for it."
-    r, linears = scored_work(self, model, tokens, int(self.restore), self.restore), n_parameters(decoder_linears(model).values())
-    used = tokens if None in (self.samples, self.seqlen) else min(tokens, self.samples*self.seqlen)
-    batch = used if self.seqlen is None else min(used, 8*self.seqlen)          # tokens at the same time
-    d, V, L, size = model.config.hidden_size, model.config.vocab_size, len(anatomy(model)), model.dtype.itemsize
-    kept = batch*(L*(10*d + 4*anatomy(model)[0].mlp_width)*size + 3*4*V)                     # activations, and float32 logits
-    return {**r, 'bytes': r['bytes'] + linears*(4 + size) + kept, 'flops': r['flops'] + 6*(linears + V*d)*used}
+def before_work(self:Taylor, job):
+    "Gradients of a few tokens: their sums in float32, those of a batch, then the products."
+    seqlen = min(self.seqlen or job.seqlen, job.seqlen)
+    read = min(self.samples or job.windows, job.windows)
+    names = dict.fromkeys(n for c in job.table for n in module_names(c))
+    weights = sum(weight_of(job.model.get_submodule(n)).numel() for n in names)
+    passes = cost.backward(job, read*seqlen, min(read, job.run.gradient_batch)*seqlen, seqlen, weights)
+    return (cost.hold(4*weights) + passes + cost.brief(job.size*weights) + cost.brief(4*weights))*1

@@ -28,7 +28,10 @@ class InMemory:
     ): self.model, self.device, self.drop, self.home = model, device, drop, {}
 
     def embeddings(self): return nullcontext()
-    def collect(self, tensors): return list(tensors)
+
+    def collect(self, tensors):
+        _give_back()                                       # what was freed since, before more is held
+        return list(tensors)
 
     def open(self,
         block, # a `Block` of the model

@@ -15,8 +15,9 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from . import estimate as cost
 from .couplings import anatomy, couplings, slice_units, weight_of
-from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows
+from .curvature import curvature, curvature_work, damped_inverse
 from .evaluate import window_losses
 from .methods import Method, Needs, Run, setting
 from .models import blocks, decoder_linears, n_parameters
@@ -594,20 +595,39 @@ def run(self:Surgeon, ctx):
 
 # %% ../nbs/52_surgeon.ipynb #ae28eaf5
 @patch
-def work(self:Surgeon,
-    model, # a causal language model; may be on the meta device
-    tokens, # calibration tokens
-    sparsity=.2, # fraction of decoder parameters to remove
-):
-    "Estimated bytes and floating point operations in place: dict with `bytes`, `forward_flops`, `flops`."
-    names, linears = self.names(couplings(model, self.units)), n_parameters(decoder_linears(model).values())
-    read = tokens/self.shots if self.fresh else tokens     # in each shot
-    forward, head = 2*linears, 2*model.config.vocab_size*(d := model.config.hidden_size)     # of a token
-    rows = factor_rows(model, names).values()
-    sums, inverses = sum(.625*2*r**2 for r in rows), self.rounds*sum(r**3 for r in rows)
-    batch = min(tokens, 512*4)               # tokens at the same time, for windows of 512
-    activations = batch*(len(anatomy(model))*(14*d + 5*anatomy(model)[0].mlp_width)*model.dtype.itemsize + 12*model.config.vocab_size)
-    held = curvature_bytes(model, names)                   # inverses, in float64, come when activations have gone
-    correction = bool(self.correction)*(4*forward + 3*head)                                  # slopes, and one look at the loss
-    return dict(bytes=n_parameters([model])*model.dtype.itemsize + held + max(activations, 2*held), forward_flops=forward*tokens,
-                flops=self.shots*((2*forward + 2*head + sums + correction)*read + inverses))
+def before_work(self:Surgeon, job):
+    "Shots of curvature with rounds of costs and updates; the model gets smaller in equal steps."
+    read = max(1, job.windows//(self.shots if self.fresh else 1))
+    steps, total = self.shots*self.rounds, cost.Work()
+    lost = lambda p: (1 - p.m/p.f)/steps
+    for i in range(self.shots):
+        left = lambda p, k=0: 1 - lost(p)*(i*self.rounds + k)
+        shot = curvature_work(job, self.names(job.table), read, left)
+        for k in range(self.rounds): shot += self._round_work(job, lambda p: left(p, k), lost)
+        if self.correction: shot += _correction_work(job, read, left)
+        total += shot*1
+    return total
+
+@patch
+def visit_work(self:Surgeon, job, p, level='second'): return cost.Work()
+
+@patch
+def _round_work(self:Surgeon, job, left, lost):
+    "Costs of all units, then updates; without `lean`, inverses are kept from one to the other."
+    costs = updates = cost.Work()
+    for p in job.places:
+        if p.coupling is None: continue
+        d, f, gone = job.d, round(p.f*left(p)), p.f*lost(p)
+        invert = cost.inverse(f)*1 if job.run.lean else cost.inverse(f)
+        costs += invert + cost.linear(f, d, d) + cost.brief(8*d*d + 32*d*f)                            # weights four times
+        removal = cost.Work(2*gone**3/3 + 2*gone**2*d) + cost.linear(f, gone, d) + cost.brief(8*f*gone + 16*gone**2 + 24*d*f)
+        shrunk = cost.brief(8*d*f + 4*f*(f - gone) + 4*(f - gone)**2)                             # rows of the factor, then columns of these
+        updates += (cost.inverse(f)*1 if job.run.lean else cost.Work()) + removal + shrunk
+    return (costs + updates)*1
+
+def _correction_work(job, windows, left):
+    "Slopes, and one look at the loss."
+    weights = sum(p.f*job.d for p in job.places if p.coupling is not None)
+    batch = min(windows, job.run.gradient_batch)
+    slopes = cost.backward(job, windows*(job.seqlen - 1), batch*(job.seqlen - 1), job.seqlen - 1, weights, left=left)
+    return slopes + cost.forward_blocks(job, windows*job.seqlen, job.seqlen, left) + cost.head(job, windows*job.seqlen)

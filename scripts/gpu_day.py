@@ -46,6 +46,7 @@ import transformers  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from prunebook.couplings import anatomy, couplings, slice_units  # noqa: E402
+from prunebook.estimate import estimate  # noqa: E402
 from prunebook.evaluate import Perplexity, peak_memory, perplexity, weight_bytes, window_losses  # noqa: E402
 from prunebook.methods import Run, configured  # noqa: E402
 from prunebook.models import TINY, decoder_linears, load_model, n_parameters, tiny_model  # noqa: E402
@@ -289,7 +290,7 @@ def warmed_up(name, settings, device, dtype):
 def timed_prune(model, windows, name, settings, sparsity, record):
     "Prune in place; writes seconds and bytes into the record, and returns the pruned model and its plan."
     method, tokens = configured(name, settings), windows.ids.numel()
-    estimate = method.work(model, tokens, sparsity) or {}
+    guess = estimate(model, method, tokens, sparsity, seqlen=windows.seqlen, inplace=True)
     free(model.device)
     weights = weight_bytes(model)
     with peak_memory(model.device) as memory:
@@ -298,8 +299,7 @@ def timed_prune(model, windows, name, settings, sparsity, record):
     small, plan = found
     record.update(method=name, settings=method.settings(), sparsity=sparsity, true_sparsity=plan.true_sparsity, windows=len(windows), seqlen=windows.seqlen,
                   dtype=str(model.dtype).split('.')[-1], seconds=seconds, weight_bytes=weights, peak_bytes=memory['extra'] + weights, extra_bytes=memory['extra'],
-                  estimate_bytes=estimate.get('bytes'), estimate_flops=estimate.get('flops'))
-    if estimate: record['peak_over_estimate'] = record['peak_bytes']/estimate['bytes']
+                  estimate_bytes=guess['bytes'], estimate_flops=guess['flops'], peak_over_estimate=(memory['extra'] + weights)/guess['bytes'])
     return small, plan
 
 

@@ -396,16 +396,6 @@ def test_summary_is_plain_and_true(estimator):
     assert len(s) == 2 and all(r['evaluations'] == 8 == len(r['rise']) == len(r['held_out']) and -1 <= r['tau'] <= 1 for r in s)
 
 
-@pytest.mark.parametrize('family', TINY)
-def test_work_is_known_without_weights(family):
-    m = tiny_model(family)
-    with torch.device('meta'): meta = type(m)(m.config)
-    w = Bonsai().work(m, 8*128)
-    assert Bonsai().work(meta, 8*128) == w and w['forward_flops'] == 2*n_parameters(decoder_linears(m).values())*8*128 < w['flops']
-    assert Bonsai(estimator='prior').work(m, 1024)['flops'] < w['flops'] < Bonsai(evaluations=200).work(m, 1024)['flops']
-    assert Bonsai(restore=True).work(m, 1024)['bytes'] > w['bytes']
-
-
 # ---- the log --------------------------------------------------------------------------------------------------------
 
 def test_a_finished_log_answers_everything(tmp_path, monkeypatch):

@@ -278,13 +278,6 @@ def test_one_window_is_enough():
     assert as_method('recipe').settings()['allocation'] == 'measured'
 
 
-def test_work():
-    model = tiny_model('llama')
-    measured, uniform = [Recipe(allocation=a).work(model, 4096) for a in ('measured', 'uniform')]
-    assert uniform['flops'] < measured['flops'] and json.dumps(measured) and copy.copy(measured)
-    slice_units(model, {'0.mlp_channel': [0]})
-
-
 def test_the_default_of_prune():
     small, plan = prune(tiny_model('llama'), random_tokens(tiny_model('llama'), n=3, seqlen=16))
     assert (plan.method, plan.sparsity, plan.settings) == ('recipe', .2, Recipe().settings())

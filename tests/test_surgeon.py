@@ -379,7 +379,6 @@ def test_correction_as_an_option():
     plain, corrected = (prune(dense, w, Surgeon(shots=1, correction=r), .3)[0] for r in (0, 4))
     assert [p.shape for p in plain.parameters()] == [p.shape for p in corrected.parameters()]
     assert window_losses(corrected, w).mean() < window_losses(plain, w).mean()
-    assert Surgeon(correction=4).work(dense, 1000)['flops'] > Surgeon().work(dense, 1000)['flops']
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -511,6 +510,3 @@ def test_front_door():
     assert isinstance(method, Surgeon) and method.settings()['cost'] == 'second'
     _, plan = prune(m, w, 'surgeon', .2)
     assert plan.method == 'surgeon' and plan.settings['shots'] == 4 and plan.true_sparsity >= .2
-    few, many = (Surgeon(shots=s).work(m, 1000) for s in (1, 4))
-    assert set(few) == {'bytes', 'forward_flops', 'flops'} and many['flops'] == 4*few['flops'] and Surgeon(cost='tied').work(m, 1000)['bytes'] > few['bytes']
-    assert Surgeon(shots=4, fresh=True).work(m, 1000)['flops'] < many['flops']

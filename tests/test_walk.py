@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from prunebook.couplings import anatomy, couplings, removed_columns, slice_units, weight_of
 from prunebook.models import TINY
 from prunebook.text import Windows
-from prunebook.walk import gram, record_calls, replaced, walk, walk_bytes
+from prunebook.walk import gram, record_calls, replaced, walk
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -305,12 +305,3 @@ def test_gram_needs_no_batch_dimension_and_keeps_its_inputs():
     old = copy.deepcopy(X)
     close(gram(X), torch.cat(X).T @ torch.cat(X))
     assert all(torch.equal(a, b) for a, b in zip(X, old))
-
-
-@pytest.mark.parametrize('dtype,size', [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_walk_bytes_are_what_is_held(dtype, size):
-    m, w = tiny_model('llama').to(dtype), tokens(4, 16)
-    r = walk_bytes(m, w.ids.numel())
-    inputs, grams = zip(*[(sum(x.numel()*x.element_size() for x in s.X), 2*s.gram().numel()*4) for s in walk(m, w, 2)])
-    assert r == dict(states=2*64*24*size, inputs=max(inputs), gram=max(grams))
-    assert walk_bytes(copy.deepcopy(m).to('meta'), 64) == r
