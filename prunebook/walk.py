@@ -130,7 +130,7 @@ class Stage:
 def checked(
     stage, # a new `Stage`
 ):
-    "The stage itself; warns if all inputs of a second linear are 0. Raises `ValueError` if one is not finite."
+    "The stage; warns if all inputs of a second linear are 0. Raises `ValueError` if one is not finite."
     edges = torch.stack([torch.stack(x.aminmax()) for x in stage.X])                         # (batches, 2)
     second = stage.level == 'second'
     reader = stage.second if second else f'the first linears before {stage.second}'
@@ -296,7 +296,7 @@ def walk_both(
     device=None, # visit this device block by block; by default blocks stay where they are
     **settings, # of `walk`
 ):
-    "Yield pairs of stages, of the model as it was and as it is; old second levels have outputs `Y`, no inputs."
+    "Yield pairs of stages, of the model as it was and is; old second levels have outputs `Y`, no inputs."
     source = as_source(model, device)
     dense = source.twin() if dense is None else dense
     pruned = walk(source, windows, log=log, **settings)
