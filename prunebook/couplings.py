@@ -44,7 +44,7 @@ class Separate:
     def rows(self,
         b, # a `Block`
     ):
-        "Rows of the queries (heads, h), the keys (kv_heads, h) and the values (kv_heads, v), each in its linear."
+        "Rows of the queries (heads, h), keys (kv_heads, h) and values (kv_heads, v), each in its linear."
         return _span(b.heads, b.head_dim), _span(b.kv_heads, b.head_dim), _span(b.kv_heads, b.value_dim)
 
     def padding(self,
@@ -75,7 +75,7 @@ class Stacked(Fused):
         return dict(lead=(b.heads + b.kv_heads)*b.head_dim, beside=0)
 
 class Interleaved(Fused):
-    "One linear holds, for each key-value head, its queries, its key and its value, as in GPT-NeoX, BLOOM and Falcon."
+    "One linear holds, for each key-value head, its queries, key and value, as in GPT-NeoX, BLOOM and Falcon."
     def rows(self, b):
         "Rows of the queries (heads, h), the keys (kv_heads, h) and the values (kv_heads, v)."
         K, h, g = b.kv_heads, b.head_dim, b.heads//b.kv_heads
@@ -92,19 +92,22 @@ class Interleaved(Fused):
 class Family:
     "How a model family names the parts of a block; paths are relative to the block."
     attention: str = 'self_attn' # the attention module
-    qkv: tuple = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj') # three linears, or one that holds all three
+    qkv: tuple = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj') # three linears, or one for all
     out: str = 'self_attn.o_proj' # second linear of attention
     mlp_firsts: tuple = ('mlp.gate_proj', 'mlp.up_proj') # linears whose rows are MLP channels
     mlp_second: str = 'mlp.down_proj' # linear whose columns are MLP channels
     mlp_width: str = 'intermediate_size' # configuration entry of the MLP width
-    heads: tuple = ('num_attention_heads', 'num_key_value_heads') # configuration entries of the head counts; empty if they are fixed by the hidden size
-    attributes: tuple = (('num_key_value_groups', lambda b: b.heads//b.kv_heads),) # attributes of the attention module to keep in step
-    layout: Separate = None # how q, k and v lie in `qkv`; by default `Separate` for three linears and `Fused` for one
-    mlp_parts: int = 1 # matrices of as many rows as there are channels, one above the other, in each of `mlp_firsts`
+    # configuration entries of the head counts; empty if they are fixed by the hidden size
+    heads: tuple = ('num_attention_heads', 'num_key_value_heads')
+    # attributes of the attention module to keep in step
+    attributes: tuple = (('num_key_value_groups', lambda b: b.heads//b.kv_heads),)
+    layout: Separate = None # how q, k and v lie in `qkv`; `Separate` for three linears, `Fused` for one
+    mlp_parts: int = 1 # matrices in each of `mlp_firsts`, one above the other, with a row for each channel
     heads_stay: bool = False # the model itself numbers the heads of all blocks, as for ALiBi
 
     def __post_init__(self):
-        if self.layout is None: object.__setattr__(self, 'layout', Separate() if len(self.qkv) == 3 else Fused())
+        if self.layout is None:
+            object.__setattr__(self, 'layout', Separate() if len(self.qkv) == 3 else Fused())
 
 # %% ../nbs/03_couplings.ipynb #24d5e615
 _gated, _groups = Family(), Family().attributes
@@ -112,12 +115,15 @@ _n_heads = ('num_heads', lambda b: b.heads)
 FAMILIES = dict(
     llama=_gated, mistral=_gated, qwen2=_gated, qwen3=_gated, gemma=_gated,
     phi=Family(out='self_attn.dense', mlp_firsts=('mlp.fc1',), mlp_second='mlp.fc2'),
-    opt=Family(out='self_attn.out_proj', mlp_firsts=('fc1',), mlp_second='fc2', mlp_width='ffn_dim', heads=(), attributes=(_n_heads,)),
+    opt=Family(out='self_attn.out_proj', mlp_firsts=('fc1',), mlp_second='fc2', mlp_width='ffn_dim',
+               heads=(), attributes=(_n_heads,)),
     gpt2=Family('attn', ('attn.c_attn',), 'attn.c_proj', ('mlp.c_fc',), 'mlp.c_proj', 'n_inner', (),
                 (_n_heads, ('split_size', lambda b: b.heads*b.head_dim)), Stacked()),
     phi3=Family(qkv=('self_attn.qkv_proj',), layout=Stacked(), mlp_firsts=('mlp.gate_up_proj',), mlp_parts=2,
-                attributes=(*_groups, ('num_key_value_heads', lambda b: b.kv_heads), ('config.num_attention_heads', lambda b: b.heads))),
-    gpt_neox=Family('attention', ('attention.query_key_value',), 'attention.dense', ('mlp.dense_h_to_4h',), 'mlp.dense_4h_to_h',
+                attributes=(*_groups, ('num_key_value_heads', lambda b: b.kv_heads),
+                            ('config.num_attention_heads', lambda b: b.heads))),
+    gpt_neox=Family('attention', ('attention.query_key_value',), 'attention.dense',
+                    ('mlp.dense_h_to_4h',), 'mlp.dense_4h_to_h',
                     heads=(), attributes=(), layout=Interleaved())) # adapters, by `config.model_type`
 
 def family_of(
@@ -126,7 +132,8 @@ def family_of(
     "The adapter of a model. Raises `ValueError` with the known families, and what a new one needs."
     kind = model.config.model_type
     if kind not in FAMILIES:
-        raise ValueError(f'No adapter for model type {kind!r}; there are {", ".join(FAMILIES)}. A new one is a Family in prunebook.couplings.FAMILIES: the '
+        raise ValueError(f'No adapter for model type {kind!r}; there are {", ".join(FAMILIES)}. '
+                         'A new one is a Family in prunebook.couplings.FAMILIES: the '
                          'names of its attention, MLP and linear layers.')
     return FAMILIES[kind]
 
@@ -163,12 +170,13 @@ class Block:
 
 # %% ../nbs/03_couplings.ipynb #a6402eb5
 def _read_block(model, prefix, i):
-    "The `Block` number `i` of the list `prefix`. Raises `ValueError` if its shapes are not those that its `Family` describes."
+    "The `Block` number `i` of the list `prefix`. Raises `ValueError` if its `Family` describes other shapes."
     family, layer, cfg = family_of(model), model.get_submodule(f'{prefix}.{i}'), model.config
     h = getattr(cfg, 'head_dim', None) or cfg.hidden_size//cfg.num_attention_heads
     size = lambda p: weight_of(layer.get_submodule(p)).shape
     narrow = getattr(layer.get_submodule(family.attention), 'narrow', {})
-    H, K, v = family.layout.shape([size(p)[0] for p in family.qkv], size(family.out)[1], h, narrow.get('value_dim', h))
+    v = narrow.get('value_dim', h)
+    H, K, v = family.layout.shape([size(p)[0] for p in family.qkv], size(family.out)[1], h, v)
     b = Block(i, f'{prefix}.{i}', family, h, H, K, v, size(family.mlp_second)[1])
     _check_shapes(model, b, lambda p: size(p)[0])
     return b
@@ -179,15 +187,18 @@ def _check_shapes(model, b, rows):
     expected = dict(zip(f.qkv, heads)) if len(f.qkv) == 3 else {f.qkv[0]: sum(heads)}
     for p, n in {**expected, **dict.fromkeys(f.mlp_firsts, f.mlp_parts*b.mlp_width)}.items():
         if rows(p) != n:
-            what = f'{b.mlp_width} channels' if p in f.mlp_firsts else f'{b.heads} query heads and {b.kv_heads} key-value heads'
-            raise ValueError(f'The adapter of model type {model.config.model_type!r} does not fit: {p} has {rows(p)} rows, but {what} make {n}. '
-                             'Check the names of its Family, its layout (how q, k and v lie), and mlp_parts (2 where gate and up are one matrix).')
+            kind, heads = model.config.model_type, f'{b.heads} query heads and {b.kv_heads} key-value heads'
+            what = f'{b.mlp_width} channels' if p in f.mlp_firsts else heads
+            raise ValueError(f'The adapter of model type {kind!r} does not fit: '
+                             f'{p} has {rows(p)} rows, but {what} make {n}. '
+                             'Check the names of its Family, its layout (how q, k and v lie), '
+                             'and mlp_parts (2 where gate and up are one matrix).')
 
 # %% ../nbs/03_couplings.ipynb #6e73ba06
 def anatomy(
     model, # a causal language model of `transformers`
 ):
-    "The decoder blocks of `model` as a list of `Block`. Raises `ValueError` for a model that no adapter describes."
+    "The decoder blocks of `model`, as `Block`s. Raises `ValueError` for a model that no adapter describes."
     prefix, layers = blocks(model)
     return [_read_block(model, prefix, i) for i in range(len(layers))]
 
@@ -196,8 +207,10 @@ def unwrapped(
     model, # a causal language model, perhaps compiled or (distributed) data-parallel
 ):
     "The plain model inside. Raises `ValueError` if parts of it were compiled one by one."
-    parallel, compiled = (nn.DataParallel, nn.parallel.DistributedDataParallel), lambda m: '_orig_mod' in m._modules
-    while compiled(model) or isinstance(model, parallel): model = model._orig_mod if compiled(model) else model.module
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    compiled = lambda m: '_orig_mod' in m._modules
+    while compiled(model) or isinstance(model, parallel):
+        model = model._orig_mod if compiled(model) else model.module
     if part := next((n for n, m in model.named_modules() if compiled(m)), None):
         raise ValueError(f'{part} was compiled on its own; prune the plain model and compile it afterwards.')
     return model
@@ -224,7 +237,9 @@ class Coupling:
     def __repr__(self):
         shape = lambda n, t: f'{n.split(".")[-1]} {t.shape[1]}'
         rows = ', '.join(shape(*f) for f in self.firsts)
-        return f'{self.name}: {self.n_units} units of {self.cost} parameters; rows of {rows} | columns of {shape(*self.second)}'
+        columns = shape(*self.second)
+        units = f'{self.n_units} units of {self.cost} parameters'
+        return f'{self.name}: {units}; rows of {rows} | columns of {columns}'
 
 # %% ../nbs/03_couplings.ipynb #ade1c042
 UNITS = {} # one object of every kind of unit, by name
@@ -262,7 +277,7 @@ class Unit:
     def groups(self, b): return 1                          # the same number of units must stay in each
     def overlaps(self, other): return self.part == other.part   # whether both kinds own the same columns
     def refusal(self, shapes): return None                 # why it cannot leave these blocks
-    def refresh(self, model, b): pass                      # what modules keep in mind about the block, after a cut
+    def refresh(self, model, b): pass                      # what modules know about the block, after a cut
 
     def cost(self,
         model, # a causal language model of `transformers`
@@ -294,10 +309,13 @@ class AttentionUnit(Unit):
         "Why it cannot leave these blocks, or None."
         f = shapes[0].family
         if f.layout.rows is None:
-            return (f'{f.qkv[0]} holds q, k and v, and its adapter does not say in which order; {self.name} cannot be cut from it. '
-                    'Prune mlp_channel only, or give the Family its layout, for example Stacked() or Interleaved().')
+            return (f'{f.qkv[0]} holds q, k and v, and its adapter does not say in which order; '
+                    f'{self.name} cannot be cut from it. '
+                    'Prune mlp_channel only, or give the Family its layout, '
+                    'for example Stacked() or Interleaved().')
         if f.heads_stay and self.whole_heads:
-            return f'The heads of this family must stay: the model numbers them for all blocks alike. {self.name} cannot be cut; value_channel can.'
+            return ('The heads of this family must stay: the model numbers them for all blocks alike. '
+                    f'{self.name} cannot be cut; value_channel can.')
 
     def refresh(self, model, b): refresh_attention(model, b)
 
@@ -321,7 +339,8 @@ class QueryHead(AttentionUnit):
 
     def refusal(self, shapes):
         "Why it cannot leave these blocks, or None."
-        if all(b.heads == b.kv_heads for b in shapes): return 'This model has one query head per key-value head; use kv_group.'
+        if all(b.heads == b.kv_heads for b in shapes):
+            return 'This model has one query head per key-value head; use kv_group.'
         return super().refusal(shapes)
 
 class ValueChannel(AttentionUnit):
@@ -351,13 +370,14 @@ KINDS = tuple(UNITS) # the kinds of units that this page defines
 
 # %% ../nbs/03_couplings.ipynb #f70ec347
 def _units(shapes, kinds):
-    "The kinds of units by those names. Raises `ValueError` for one that is unknown, overlaps another, or cannot leave."
+    "Kinds of units by name. Raises `ValueError` for one that is unknown, overlaps another, or cannot leave."
     for k in kinds:
         if k not in UNITS: raise ValueError(f'Unknown kind of unit {k!r}; there are {", ".join(UNITS)}.')
     units = [UNITS[k] for k in dict.fromkeys(kinds)]
     for i, u in enumerate(units):
         if other := next((o for o in units[:i] if o.overlaps(u)), None):
-            raise ValueError(f'{other.name} and {u.name} overlap; prune one kind of unit of the {u.part} at a time.')
+            raise ValueError(f'{other.name} and {u.name} overlap; '
+                             f'prune one kind of unit of the {u.part} at a time.')
     for u in units:
         if reason := u.refusal(shapes): raise ValueError(reason)
     return units
@@ -374,7 +394,7 @@ def couplings(
     model, # a causal language model of `transformers`
     kinds=('mlp_channel', 'kv_group'), # kinds of units; at most one of attention and one of the MLP
 ):
-    "The couplings of every block in the order of a forward pass: attention, then MLP. Raises `ValueError` for kinds that cannot leave."
+    "The couplings of every block, attention before MLP. Raises `ValueError` for kinds that cannot leave."
     kinds, shapes = (kinds,) if isinstance(kinds, str) else tuple(kinds), anatomy(model)
     units = sorted(_units(shapes, kinds), key=lambda u: ('attention', 'mlp').index(u.part))
     return [coupling_of(model, b, u) for b in shapes for u in units]
@@ -395,9 +415,14 @@ def check_kept(
     kept = sorted(int(i) for i in kept)
     if not kept: raise ValueError(f'{coupling.name}: at least one unit must stay.')
     if len(set(kept)) < len(kept): raise ValueError(f'{coupling.name}: a unit is listed twice.')
-    if kept[0] < 0 or kept[-1] >= coupling.n_units: raise ValueError(f'{coupling.name}: unit {kept[-1] if kept[0] >= 0 else kept[0]} is not among its {coupling.n_units} units.')
-    counts = torch.tensor(kept).div(coupling.n_units//coupling.groups, rounding_mode='floor').bincount(minlength=coupling.groups)
-    if counts.min() != counts.max(): raise ValueError(f'{coupling.name}: {counts.tolist()} units would stay in its groups; the number must be equal.')
+    if kept[0] < 0 or kept[-1] >= coupling.n_units:
+        wrong = kept[-1] if kept[0] >= 0 else kept[0]
+        raise ValueError(f'{coupling.name}: unit {wrong} is not among its {coupling.n_units} units.')
+    group = torch.tensor(kept).div(coupling.n_units//coupling.groups, rounding_mode='floor')
+    counts = group.bincount(minlength=coupling.groups)
+    if counts.min() != counts.max():
+        raise ValueError(f'{coupling.name}: {counts.tolist()} units would stay in its groups; '
+                         'the number must be equal.')
     return kept
 
 # %% ../nbs/03_couplings.ipynb #e12cfdee
@@ -436,16 +461,20 @@ def couplings_of(
     "The couplings that a dict of kept units names. Raises `ValueError` for a name the model does not have."
     kinds = {n.split('.')[-1] for n in kept}
     found = {c.name: c for c in (couplings(model, tuple(kinds)) if kinds else [])}
-    if missing := [n for n in kept if n not in found]: raise ValueError(f'The model has no coupling {missing[0]!r}.')
+    if missing := [n for n in kept if n not in found]:
+        raise ValueError(f'The model has no coupling {missing[0]!r}.')
     return [found[n] for n in kept]
 
 # %% ../nbs/03_couplings.ipynb #a0995eeb
 def _resize(module, rows=None, columns=None):
     "Keep some rows and columns of a linear layer, in place."
-    W, i, o = weight_of(module).data, slice(None) if columns is None else columns, slice(None) if rows is None else rows
-    W = W[o][:, i]
-    module.weight = nn.Parameter((W.T if isinstance(module, Conv1D) else W).contiguous(), requires_grad=module.weight.requires_grad)
-    if module.bias is not None and rows is not None: module.bias = nn.Parameter(module.bias.data[rows].clone(), requires_grad=module.bias.requires_grad)
+    every = slice(None)
+    W = weight_of(module).data[every if rows is None else rows][:, every if columns is None else columns]
+    W = (W.T if isinstance(module, Conv1D) else W).contiguous()
+    module.weight = nn.Parameter(W, requires_grad=module.weight.requires_grad)
+    if module.bias is not None and rows is not None:
+        bias = module.bias.data[rows].clone()
+        module.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
     if isinstance(module, Conv1D): module.nx, module.nf = module.weight.shape
     else: module.out_features, module.in_features = module.weight.shape
 
@@ -489,8 +518,10 @@ class FullHeads:
 # %% ../nbs/03_couplings.ipynb #7bc7f556
 class NarrowValues:
     "Mixed into the attention class of a family: its code runs on `FullHeads`."
-    def forward(self, *args, **kwargs): return self.stock.forward(FullHeads(self, **self.narrow), *args, **kwargs)
-    def __reduce__(self): return _empty_narrow, (self.stock,), self.__dict__    # pickled by the class that it extends
+    def forward(self, *args, **kwargs):
+        return self.stock.forward(FullHeads(self, **self.narrow), *args, **kwargs)
+
+    def __reduce__(self): return _empty_narrow, (self.stock,), self.__dict__   # pickled by the extended class
 
 @functools.cache
 def narrow_class(
@@ -512,7 +543,8 @@ def narrow_values(
     beside=0, # outputs in each head before its values
 ):
     "Let the family's own attention code run on narrow value heads."
-    attention.narrow = dict(first=first, second=second, head_dim=head_dim, value_dim=value_dim, lead=lead, beside=beside)
+    attention.narrow = dict(first=first, second=second, head_dim=head_dim, value_dim=value_dim,
+                            lead=lead, beside=beside)
     if not hasattr(attention, 'stock'): attention.__class__ = narrow_class(type(attention))
     if '_old_forward' in vars(attention):                  # hooks of accelerate call what they have put aside
         attention._old_forward = type(attention).forward.__get__(attention)
@@ -526,7 +558,7 @@ class OwnConfig:
     ): self.__dict__.update(shared=shared, **own)
 
     def __getattr__(self, name):
-        if name.startswith('__') or name == 'shared': raise AttributeError(name)             # of an object that is being copied
+        if name.startswith('__') or name == 'shared': raise AttributeError(name)   # a copy is being made
         return getattr(self.shared, name)
 
 def set_attribute(
@@ -578,7 +610,7 @@ def slice_coupling(
     coupling, # one of its couplings
     units, # indices of the units that stay, from `check_kept`
 ):
-    "Remove all other units of one coupling from the tensors of `model`; returns the coupling of those that stay."
+    "Remove all other units of one coupling from the tensors of `model`; returns the coupling of the rest."
     prefix, _, _ = coupling.second[0].partition(f'.{coupling.layer}.')
     b = coupling.unit.left(_read_block(model, prefix, coupling.layer), len(units))
     gone, drop = torch.ones(coupling.n_units, dtype=bool), {}
@@ -595,6 +627,6 @@ def slice_units(
     kept, # kept unit indices by coupling name, for example {'0.mlp_channel': [0, 2]}
 ):
     "Remove all other units of the named couplings from the tensors of `model`, and return it."
-    chosen = [(c, check_kept(c, kept[c.name])) for c in couplings_of(model, kept)]          # all checks before any change
+    chosen = [(c, check_kept(c, kept[c.name])) for c in couplings_of(model, kept)]   # checks come first
     for c, units in chosen: slice_coupling(model, c, units)
     return model

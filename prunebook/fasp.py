@@ -32,7 +32,7 @@ def rank_correlation(
 # %% ../nbs/20_fasp.ipynb #c4da4b06
 @dataclass
 class FASP(Method):
-    "Prune coupled columns and rows by a Wanda-style column score, and restore by least squares (Hu et al. 2025)."
+    "Prune coupled columns and rows by a Wanda-style score of columns, and restore them (Hu et al. 2025)."
     name = 'fasp'
     restore: bool = True # re-fit the kept columns
 

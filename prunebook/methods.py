@@ -31,7 +31,8 @@ def setting(
     return field(default=default, metadata=dict(least=least, most=most, below=below, is_a=is_a))
 
 # %% ../nbs/06_methods.ipynb #d00r0303
-_WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', tuple: 'a tuple', type(None): 'None'}
+_WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text',
+          tuple: 'a tuple', type(None): 'None'}
 
 def _in_words(declared):
     "What a declared type is called."
@@ -42,25 +43,29 @@ def _in_words(declared):
 def _widened(declared):
     "The type as it may be given: a whole number for a number, a list for a tuple."
     if declared is float: return float | int
-    if declared is tuple or get_origin(declared) is tuple: return declared | list[get_args(declared)[0]] if get_args(declared) else tuple | list
+    if declared is tuple: return tuple | list
+    if get_origin(declared) is tuple: return declared | list[get_args(declared)[0]]
     wider = [_widened(t) for t in get_args(declared)] if get_origin(declared) is not Literal else []
     for t in wider: declared = declared | t
     return declared
 
 def _bounded(value, least=None, most=None, below=None, **_):
     "Whether a number, or each number of a tuple, lies within bounds."
-    numbers = [n for n in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(n, (int, float))]
-    inside = lambda n: (least is None or n >= least) and (most is None or n <= most) and (below is None or n < below)
-    return all(math.isfinite(n) and inside(n) for n in numbers)
+    several = value if isinstance(value, (tuple, list)) else [value]
+    numbers = [n for n in several if isinstance(n, (int, float))]
+    if not all(map(math.isfinite, numbers)): return False
+    if least is not None and any(n < least for n in numbers): return False
+    if most is not None and any(n > most for n in numbers): return False
+    return below is None or all(n < below for n in numbers)
 
 # %% ../nbs/06_methods.ipynb #64ea2948
 def check_setting(
     field, # a field of a dataclass
     value, # its value
 ):
-    "Raises `ValueError` for a value of another type than the field declares, or outside of its bounds; a field that is None by default may be None."
+    "Raises `ValueError` for a value of another type than declared, or outside of its bounds."
     if isinstance(field.type, str): return                 # an annotation that Python did not evaluate
-    declared = field.type | None if field.default is None else field.type
+    declared = field.type | None if field.default is None else field.type    # None by default may be None
     try: check_type(field.name, value, _widened(declared))
     except TypeError: fits = False
     else: fits = _bounded(value, **field.metadata)
@@ -79,16 +84,18 @@ def check_device(
         if torch.empty(0, device=device).is_meta: raise RuntimeError('it holds no numbers')
     except (AssertionError, RuntimeError, NotImplementedError, TypeError) as e:
         why = (str(e) or 'unknown').splitlines()[0]
-        raise ValueError(f'{name} is {device!r}, which is not usable here ({why}); choose another, for example "cpu".') from e
+        raise ValueError(f'{name} is {device!r}, which is not usable here ({why}); '
+                         'choose another, for example "cpu".') from e
 
+# %% ../nbs/06_methods.ipynb #30d6ef04
 @dataclass
 class Run:
     "How a run goes, and where it keeps what it has done."
-    batch_size: int = setting(8, least=1, is_a='a number of windows') # windows in a forward pass; half as many where gradients are taken
+    batch_size: int = setting(8, least=1, is_a='a number of windows') # windows in a forward pass
     device: str = None # blocks visit this device one by one; by default they stay where they are
-    store: str = None # device that keeps what a method collects over the whole model; by default it stays with its layer
-    lean: bool = False # less memory for more time: activations and inverses are computed twice instead of kept
-    log: str = None # file that keeps what was measured, so that an interrupted run, or one with another sparsity, need not measure it again
+    store: str = None # device for what a method collects over the whole model; by default it stays with its layer
+    lean: bool = False # less memory for more time: activations and inverses are computed twice, not kept
+    log: str = None # file that keeps what was measured: an interrupted run, or another sparsity, goes on from it
     out: str = None # folder to make, where the source is a folder
     resume: bool = False # go on with an interrupted run into `out`
     overwrite: bool = False # replace a folder `out` that is one of ours
@@ -99,10 +106,10 @@ class Run:
         for f in fields(self): check_setting(f, getattr(self, f.name))
 
     @property
-    def gradient_batch(self): return max(1, self.batch_size//2)
+    def gradient_batch(self): return max(1, self.batch_size//2)                # windows where gradients are taken
 
     def check_here(self):
-        "Raises `ValueError` for a device that this machine does not have, and for a log that cannot be written."
+        "Raises `ValueError` for a device that is not here, or a log that cannot be written."
         for n in ('device', 'store'):
             if (v := getattr(self, n)) is not None: check_device(n, v)
         if self.log is None: return
@@ -115,31 +122,31 @@ class Needs:
     "What a method asks of the stream."
     text: bool = True # inputs of second linears
     firsts: bool = False # inputs of first linears, too, at a visit of their own
-    dense: Literal['outputs', 'stream'] | None = None # what the dense model's second linear gives, or what would bring the stream back to the dense one
+    dense: Literal['outputs', 'stream'] | None = None # outputs of the dense model, or what would bring its stream back
     everywhere: bool = False # repair second linears that lose nothing, too
     whole_model: str = '' # why it needs the weights of all blocks at once; empty if it does not
 
 # %% ../nbs/06_methods.ipynb #3cd03a60
 METHODS = {} # method classes by name, filled as their modules are imported
-MODULES = dict(                                            # where the methods of this package live
-    **dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores'),
-    fasp='prunebook.fasp', depth2='prunebook.depth2', bonsai='prunebook.bonsai', surgeon='prunebook.surgeon', recipe='prunebook.recipe')
+_BASELINES = dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores')
+_CHAPTERS = {name: f'prunebook.{name}' for name in ('fasp', 'depth2', 'bonsai', 'surgeon', 'recipe')}
+MODULES = _BASELINES | _CHAPTERS # where the methods of this package live
 
 @dataclass
 class Method:
-    "A pruning method; subclass it, give it a `name`, fields for its settings, and what differs from the defaults."
+    "A pruning method: subclass it, with a `name`, settings, and what differs from the defaults."
     units: tuple[str, ...] = setting(('mlp_channel',), is_a='a tuple of kinds') # kinds of units that leave
     restore: bool = False # re-fit the kept columns by least squares
-    damp: float = setting(None, least=0, is_a='a fraction of the mean diagonal, at least 0, or None') # ridge of the fits, as a fraction of the mean diagonal; `damp_for(tokens)` by default
+    damp: float = setting(None, least=0, is_a='a fraction, at least 0, or None') # ridge; `damp_for(tokens)` by default
     towards: Literal['weights', 'zero'] = 'weights' # what the ridge pulls to
-    ridge: Literal['mean', 'own'] = 'mean' # what `damp` is a fraction of: the mean of the diagonal, or each channel's own entry
-    spare: tuple[int, ...] = setting((0, 0), least=0, is_a='two numbers of blocks') # blocks at the beginning and at the end that stay whole
+    ridge: Literal['mean', 'own'] = 'mean' # `damp` is a fraction of the mean power, or of each channel's own
+    spare: tuple[int, ...] = setting((0, 0), least=0, is_a='two numbers of blocks') # first and last blocks that stay whole
 
     name = None # what the method is called
     reads_text = True # whether its score looks at inputs
 
     @property
-    def needs(self): return Needs(text=self.reads_text or bool(self.restore))                # what it asks of the stream
+    def needs(self): return Needs(text=self.reads_text or bool(self.restore))
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
@@ -160,7 +167,11 @@ class Method:
 
     # what they share
     def run(self, ctx): return ctx.stream(self)            # one stream; methods of several rounds override it
-    def ridge_for(self, tokens): return Ridge(damp_for(tokens) if self.damp is None else self.damp, self.towards, self.ridge)
+    def ridge_for(self, tokens):
+        "The `Ridge` of the fits."
+        damp = damp_for(tokens) if self.damp is None else self.damp
+        return Ridge(damp, self.towards, self.ridge)
+
     def only_slices(self): return not self.restore          # whether it changes no weight that stays
 
 # %% ../nbs/06_methods.ipynb #81f30b63
@@ -168,7 +179,8 @@ class Method:
 def check(self:Method):
     "Raises `ValueError` for a setting that cannot be."
     for f in fields(self): check_setting(f, getattr(self, f.name))
-    if len(self.spare) != 2: raise ValueError(f'spare is {self.spare!r}; it is two numbers of blocks, for example (4, 2).')
+    if len(self.spare) != 2:
+        raise ValueError(f'spare is {self.spare!r}; it is two numbers of blocks, for example (4, 2).')
 
 @patch
 def settings(self:Method):
@@ -181,11 +193,12 @@ def table(self:Method,
     model, # a causal language model
     units=None, # kinds of units; those of the method by default
 ):
-    "The couplings that may give units: those of all blocks that are not in `spare`. Raises `ValueError` if all are."
+    "The couplings of all blocks that are not in `spare`. Raises `ValueError` if all are."
     first, last = self.spare
     n = len(anatomy(model))
     if first + last >= n: raise ValueError(f'spare {(first, last)} leaves none of the {n} blocks to prune.')
-    return [c for c in couplings(model, self.units if units is None else units) if first <= c.layer < n - last]
+    every = couplings(model, self.units if units is None else units)
+    return [c for c in every if first <= c.layer < n - last]
 
 @patch
 def own_windows(self:Method, model):
@@ -199,7 +212,9 @@ def as_method(
     "The method itself; by name, with its default settings. Raises `ValueError` with the known names."
     if isinstance(method, Method): return method
     if method in MODULES: importlib.import_module(MODULES[method])
-    if method not in METHODS: raise ValueError(f'Unknown method {method!r}; there are {", ".join(sorted({*METHODS, *MODULES}))}.')
+    if method not in METHODS:
+        known = ', '.join(sorted({*METHODS, *MODULES}))
+        raise ValueError(f'Unknown method {method!r}; there are {known}.')
     return METHODS[method]()
 
 def is_method(
@@ -216,35 +231,50 @@ def configured(
     "The method with these settings. Raises `ValueError` for a setting it does not have, or that cannot be."
     default = as_method(name)
     known = default.settings()
-    if unknown := set(settings) - set(known): raise ValueError(f'{name} has no setting {", ".join(sorted(unknown))}; it has {", ".join(known)}.')
-    return type(default)(**{k: tuple(v) if isinstance(v, list) else v for k, v in {**known, **settings}.items()})
+    if unknown := set(settings) - set(known):
+        raise ValueError(f'{name} has no setting {", ".join(sorted(unknown))}; it has {", ".join(known)}.')
+    values = {**known, **settings}
+    return type(default)(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 # %% ../nbs/06_methods.ipynb #d00r0305
 def plain_linear(
     module, # any module
 ):
-    "Whether it is a linear layer with an ordinary weight: floating point, of full size, not of a library for quantized tensors."
+    "Whether it is a linear layer with an ordinary weight: floating point, of full size, not packed."
     if not isinstance(module, (torch.nn.Linear, Conv1D)): return False
     size = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
     W = module.weight
-    return W.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tuple(W.shape) == size and type(W).__module__.split('.')[0] not in ('bitsandbytes', 'torchao')
+    packed = type(W).__module__.split('.')[0] in ('bitsandbytes', 'torchao')
+    floating = W.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return floating and tuple(W.shape) == size and not packed
 
+# %% ../nbs/06_methods.ipynb #252f3d02
 def check_prunable(
     model, # what is to be pruned
 ):
-    "Raises `ValueError`, with what to do, unless it is a whole, plain causal language model of `transformers` in evaluation mode."
+    "Raises `ValueError`, with what to do, unless it is a whole, plain causal language model."
     def no(what): raise ValueError(f'{type(model).__name__} {what}.')
-    if not isinstance(model, torch.nn.Module): no(f'{str(model)[:99]!r} is not a model; load it first, for example with load_model')
-    if isinstance(getattr(model, 'module', None), torch.nn.Module): no('wraps the model; prune the one inside, model.module')
+    if not isinstance(model, torch.nn.Module):
+        no(f'{str(model)[:99]!r} is not a model; load it first, for example with load_model')
+    if isinstance(getattr(model, 'module', None), torch.nn.Module):
+        no('wraps the model; prune the one inside, model.module')
     modules = list(model.modules())
-    if any(hasattr(m, '_orig_mod') for m in modules): no('is compiled; prune the model as it was before torch.compile (model._orig_mod), and compile the result')
-    if any(c.__module__.startswith('peft.') for m in modules for c in type(m).__mro__): no('has adapters attached; merge them first: model = model.merge_and_unload()')
-    if not hasattr(getattr(model, 'config', None), 'model_type'): no('has no configuration of transformers; load it with AutoModelForCausalLM')
-    if getattr(model.config, 'is_encoder_decoder', False): no('has an encoder; only decoders are pruned, load a causal language model')
-    if any(p.is_meta for p in model.parameters()): no('has weights that are not in memory (offloaded, or on the meta device); load it whole on the CPU, and name a GPU with Run(device=...)')
-    if any(type(p).__name__ == 'DTensor' for p in model.parameters()): no('is sharded over processes; load it whole, and name a GPU with Run(device=...)')
+    if any(hasattr(m, '_orig_mod') for m in modules):
+        no('is compiled; prune the model as it was before torch.compile (model._orig_mod), and compile the result')
+    if any(c.__module__.startswith('peft.') for m in modules for c in type(m).__mro__):
+        no('has adapters attached; merge them first: model = model.merge_and_unload()')
+    if not hasattr(getattr(model, 'config', None), 'model_type'):
+        no('has no configuration of transformers; load it with AutoModelForCausalLM')
+    if getattr(model.config, 'is_encoder_decoder', False):
+        no('has an encoder; only decoders are pruned, load a causal language model')
+    if any(p.is_meta for p in model.parameters()):
+        no('has weights that are not in memory (offloaded, or on the meta device); '
+           'load it whole on the CPU, and name a GPU with Run(device=...)')
+    if any(type(p).__name__ == 'DTensor' for p in model.parameters()):
+        no('is sharded over processes; load it whole, and name a GPU with Run(device=...)')
     family, layers = family_of(model), blocks(model)[1]
     for i, layer in enumerate(layers):
         for n in (*family.qkv, family.out, *family.mlp_firsts, family.mlp_second):
-            if not plain_linear(layer.get_submodule(n)): no(f'is quantized (block {i}, {n}); load it in bfloat16, prune, and quantize the result')
+            if not plain_linear(layer.get_submodule(n)):
+                no(f'is quantized (block {i}, {n}); load it in bfloat16, prune, and quantize the result')
     if model.training: no('is in training mode; call model.eval() first')

@@ -10,11 +10,13 @@ import copy, json, math, os, re, shutil, warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from .couplings import anatomy, couplings, slice_units
 from .methods import Run, as_method, check_prunable
-from .models import atomic_folder, check_finite, decoder_linears, is_complete, n_parameters, reserved_folder, write_manifest
+from .models import atomic_folder, check_finite, decoder_linears, is_complete, n_parameters
+from .models import reserved_folder, write_manifest
 from .plan import PrunePlan, check_sparsity, model_fingerprint, write_atomic
 from .save import fits_stock_class, name_classes, saved_config
 from .sources import InMemory, OnDisk, block_file, save_tensors, tensor_files
@@ -29,7 +31,8 @@ def plain_settings(
     for n, v in settings.items():
         try: json.dumps(v, allow_nan=False)
         except (TypeError, ValueError):
-            raise ValueError(f'{n} is {v!r}; a plan records settings as JSON, so that it is text, a finite number, True, False, None, or a tuple of them.') from None
+            raise ValueError(f'{n} is {v!r}; a plan records settings as JSON, so that it is text, a finite number, '
+                             'True, False, None, or a tuple of them.') from None
     return settings
 
 def plain_scores(
@@ -42,7 +45,8 @@ def plain_scores(
 # %% ../nbs/08_pruning.ipynb #d68abf4d
 def _prune_model(model, calibration, method, sparsity, inplace, run):
     "The smaller model and its plan."
-    if run.out is not None or run.resume: raise ValueError('out and resume belong to a source that is a folder; save a pruned model with save_pruned.')
+    if run.out is not None or run.resume:
+        raise ValueError('out and resume belong to a source that is a folder; save a pruned model with save_pruned.')
     check_prunable(model)
     total = n_parameters(decoder_linears(model).values())
     check_sparsity(sparsity, method.table(model), total)
@@ -53,14 +57,19 @@ def _prune_model(model, calibration, method, sparsity, inplace, run):
     fingerprint = model_fingerprint(model)
     small = model if inplace else copy.deepcopy(model)
     kept, scores = {n: list(range(k)) for n, k in units.items()}, {}
+    ctx = Context(InMemory(small, run.device), calibration, sparsity, run)
     with warnings.catch_warnings():                        # what one run has warned of is news in the next
-        if sparsity > 0: kept, scores = method.run(Context(InMemory(small, run.device), calibration, sparsity, run))
-    true = 1 - n_parameters(decoder_linears(small).values())/total
-    plan = PrunePlan(method.name, plain_settings(method), sparsity, kept, units, fingerprint, repr(calibration), true, plain_scores(scores))
-    return small, plan
+        if sparsity > 0: kept, scores = method.run(ctx)
+    return small, _plan(method, ctx, total, kept, scores, units, fingerprint)
+
+def _plan(method, ctx, total, kept, scores, units, fingerprint):
+    "The plan of a run that is over; the sparsity is counted on the tensors."
+    settings, text = plain_settings(method), repr(ctx.windows)
+    true = 1 - ctx.linears()/total
+    return PrunePlan(method.name, settings, ctx.sparsity, kept, units, fingerprint, text, true, plain_scores(scores))
 
 def prune(
-    source, # a causal language model of `transformers` in evaluation mode, or the folder of a checkpoint, which is pruned from disk to disk
+    source, # a causal language model in evaluation mode, or the folder of a checkpoint
     calibration, # `Windows` of text the method may look at; with None, a model writes them itself
     method='recipe', # a `Method` or its name
     sparsity=.2, # fraction of the parameters of the decoder blocks' linears to remove, in [0, 1)
@@ -68,7 +77,8 @@ def prune(
     inplace=False, # prune the model itself instead of a copy
     run=None, # how it goes, a `Run`
 ):
-    "A physically smaller model (or its folder), and the `PrunePlan` that made it. Raises `ValueError` or `OSError` for what cannot be done, before any work."
+    """A physically smaller model (or its folder), and the `PrunePlan` that made it.
+    Raises `ValueError` or `OSError` for what cannot be done, before any work."""
     run = Run() if run is None else run
     method = as_method(method)
     method.check()
@@ -91,11 +101,16 @@ def again(
     if all(len(k) == plan.units[n] for n, k in plan.kept.items()): return model          # nothing was cut
     if f'[{getattr(calibration, "fingerprint", None)}]' not in plan.calibration:
         given = '' if calibration is None else f', not {calibration!r}'
-        raise ValueError(f'This plan re-fitted weights on {plan.calibration}{given}; give these windows, plan.apply(model, windows), or load the saved model.')
+        raise ValueError(f'This plan re-fitted weights on {plan.calibration}{given}; '
+                         'give these windows, plan.apply(model, windows), or load the saved model.')
     if other := {c.name for c in method.table(model)} ^ plan.kept.keys():
-        raise ValueError(f'The units and the settings of this plan do not agree on {min(other)}; load the saved model.')
-    kept, _ = method.run(Context(InMemory(model, run.device), calibration, plan.sparsity, run, given=plan.kept))
-    if kept != plan.kept: raise ValueError(f'{method.name} chose other units than this plan holds, as on another machine or dtype; load the saved model.')
+        raise ValueError(f'The units and the settings of this plan do not agree on {min(other)}; '
+                         'load the saved model.')
+    ctx = Context(InMemory(model, run.device), calibration, plan.sparsity, run, given=plan.kept)
+    kept, _ = method.run(ctx)
+    if kept != plan.kept:
+        raise ValueError(f'{method.name} chose other units than this plan holds, '
+                         'as on another machine or dtype; load the saved model.')
     return model
 
 # %% ../nbs/08_pruning.ipynb #b925d020
@@ -123,8 +138,11 @@ class StreamLog:
             other = [k for k in self.key if key.get(k) != self.key[k]]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f'{self.file} is not the progress of a run ({e}); delete {self.folder}.') from e
-        if other: raise ValueError(f'{self.folder} belongs to another run: {", ".join(other)} differ(s). Name another output folder, or delete it.')
-        for file in [self.states_file(done), *[block_file(self.folder, i) for i in range(done)]]: self._check(file)
+        if other:
+            raise ValueError(f'{self.folder} belongs to another run: {", ".join(other)} differ(s). '
+                             'Name another output folder, or delete it.')
+        self._check(self.states_file(done))
+        for i in range(done): self._check(block_file(self.folder, i))
         self.done, self.decided = done, (kept, scores)
         slice_units(model, kept)
         return self
@@ -133,41 +151,50 @@ class StreamLog:
         "Raises `ValueError` for a file of a finished block that is missing or was cut short."
         try:
             with safe_open(file, 'pt'): pass
-        except (OSError, SafetensorError) as e: raise ValueError(f'{file} cannot be read ({e}); delete {self.folder} and begin anew.') from e
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f'{file} cannot be read ({e}); delete {self.folder} and begin anew.') from e
 
-    def states_file(self, done): return self.folder/f'states-{done:05d}.safetensors'
+# %% ../nbs/08_pruning.ipynb #f8e213e8
+@patch
+def states_file(self:StreamLog, done): return self.folder/f'states-{done:05d}.safetensors'
 
-    def resumed(self,
-        states, # states before the first block
-    ):
-        "Number of finished blocks, and the states after them."
-        if self.done == 0: return 0, states
-        return self.done, self.saved('stream', states[0].device)
+@patch
+def resumed(self:StreamLog,
+    states, # states before the first block
+):
+    "Number of finished blocks, and the states after them."
+    if self.done == 0: return 0, states
+    return self.done, self.saved('stream', states[0].device)
 
-    def saved(self, name, device='cpu'):
-        "Tensors of one kind that were kept after the last finished block; None if there are none."
-        if self.done == 0: return None
-        found = load_file(self.states_file(self.done), device=str(device))
-        here = [found[f'{name}.{i}'] for i in range(len(found)) if f'{name}.{i}' in found]
-        return here or None
+@patch
+def saved(self:StreamLog, name, device='cpu'):
+    "Tensors of one kind that were kept after the last finished block; None if there are none."
+    if self.done == 0: return None
+    found = load_file(self.states_file(self.done), device=str(device))
+    here = [found[f'{name}.{i}'] for i in range(len(found)) if f'{name}.{i}' in found]
+    return here or None
 
-    def beside(self, name):
-        "The keeper of something beside the states of the stream: those of the dense model, or the drift."
-        return self.others.setdefault(name, _Beside(self, name))
+@patch
+def beside(self:StreamLog, name):
+    "The keeper of something beside the states of the stream: those of the dense model, or the drift."
+    return self.others.setdefault(name, _Beside(self, name))
 
-    def record(self,
-        block, # the `Block` that was finished and written
-        states, # the states after it, one tensor for each batch
-    ):
-        "Keep the states after a block, then say that it is done."
-        before, self.done = self.done, block.layer + 1
-        every = {'stream': states, **{n: o.states for n, o in self.others.items() if o.states is not None}}
-        tensors = {f'{n}.{i}': s for n, found in every.items() for i, s in enumerate(found)}
-        write_atomic(self.states_file(self.done), lambda file: save_tensors(tensors, file))
-        kept, scores = self.decided
-        progress = dict(key=self.key, done=self.done, kept=kept, scores={n: s.tolist() for n, s in scores.items()})
-        write_atomic(self.file, json.dumps(progress))
-        if before: self.states_file(before).unlink(missing_ok=True)
+# %% ../nbs/08_pruning.ipynb #2a8850f3
+@patch
+def record(self:StreamLog,
+    block, # the `Block` that was finished and written
+    states, # the states after it, one tensor for each batch
+):
+    "Keep the states after a block, then say that it is done."
+    before, self.done = self.done, block.layer + 1
+    every = {'stream': states, **{n: o.states for n, o in self.others.items() if o.states is not None}}
+    tensors = {f'{n}.{i}': s for n, found in every.items() for i, s in enumerate(found)}
+    write_atomic(self.states_file(self.done), lambda file: save_tensors(tensors, file))
+    kept, scores = self.decided
+    scores = {n: s.tolist() for n, s in scores.items()}
+    progress = dict(key=self.key, done=self.done, kept=kept, scores=scores)
+    write_atomic(self.file, json.dumps(progress))
+    if before: self.states_file(before).unlink(missing_ok=True)
 
 # %% ../nbs/08_pruning.ipynb #8293abb1
 class _Beside:
@@ -202,7 +229,7 @@ def write_checkpoint(
 ):
     "Write weights, index, configuration and, where the widths ask for it, the modelling file."
     dtype = source.model.dtype
-    source.model.to('meta')                                # what it holds outside of its blocks is read again, one tensor at a time
+    source.model.to('meta')                                # what is outside of blocks is read again, one by one
     parts = [*_outside(source, dtype), *[source.file(b) for b in anatomy(source.model)]]
     weight_map, size = {}, 0
     for i, part in enumerate(parts, 1):
@@ -227,7 +254,8 @@ def check_streams(
 ):
     "Raises `ValueError` for a method that needs the whole model."
     if why := method.needs.whole_model:
-        raise ValueError(f'{method.name} {why} and cannot be streamed; prune it in memory, or choose another method, for example fasp.')
+        raise ValueError(f'{method.name} {why} and cannot be streamed; '
+                         'prune it in memory, or choose another method, for example fasp.')
 
 def _stream_into(folder, work, calibration, method, sparsity, run):
     "Prune a checkpoint into files of `work`; its source and the plan."
@@ -237,26 +265,31 @@ def _stream_into(folder, work, calibration, method, sparsity, run):
     check_sparsity(sparsity, method.table(source.model), total)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
     key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)
-    kept, scores = method.run(Context(source, calibration, sparsity, run, StreamLog(work, key)))
-    true = 1 - n_parameters(decoder_linears(source.model).values())/total
-    plan = PrunePlan(method.name, plain_settings(method), sparsity, kept, units, key['model'], repr(calibration), true, plain_scores(scores))
-    return source, plan
+    ctx = Context(source, calibration, sparsity, run, StreamLog(work, key))
+    kept, scores = method.run(ctx)
+    return source, _plan(method, ctx, total, kept, scores, units, key['model'])
 
-_OURS = re.compile(r'(block|states|rest)-\d{5}\.safetensors|progress\.json|\.(states-\d{5}\.safetensors|progress\.json)-\d+')
+# %% ../nbs/08_pruning.ipynb #55562b81
+_FINISHED = r'(block|states|rest)-\d{5}\.safetensors|progress\.json'
+_HALF = r'\.(states-\d{5}\.safetensors|progress\.json)-\d+'
+_OURS = re.compile(f'{_FINISHED}|{_HALF}')
 
 def _work(out): return out.with_name(f'.{out.name}-stream')
 
 def _check_ended(out):
-    "Raises `FileExistsError` for a run that was ended between putting its folder in place and clearing its work folder."
+    "Raises `FileExistsError` for a run that was ended after its folder was put in place."
     if (_work(out)/'progress.json').exists() and is_complete(out):
-        raise FileExistsError(f'{out} is there and whole. {_work(out)} was left by a run into it: delete that, or replace the model by resuming with overwrite (--resume --force).')
+        raise FileExistsError(f'{out} is there and whole. {_work(out)} was left by a run into it: delete that, '
+                              'or replace the model by resuming with overwrite (--resume --force).')
 
 @contextmanager
 def _work_folder(work, resume):
-    "The folder of an unfinished run. Afterwards only what a later run can use stays in it, and what is not ours. Raises `FileExistsError`."
-    if work.is_symlink() or work.exists() and not work.is_dir(): raise FileExistsError(f'{work} is no folder, and the run needs one there; move it away.')
+    "The folder of an unfinished run; what a later run can use stays in it. Raises `FileExistsError`."
+    if work.is_symlink() or work.exists() and not work.is_dir():
+        raise FileExistsError(f'{work} is no folder, and the run needs one there; move it away.')
     progress = work/'progress.json'
-    if progress.exists() and not resume: raise FileExistsError(f'{work} holds an interrupted run; resume it, or delete the folder to begin anew.')
+    if progress.exists() and not resume:
+        raise FileExistsError(f'{work} holds an interrupted run; resume it, or delete the folder to begin anew.')
     if work.exists() and not progress.exists(): _clear(work)
     work.mkdir(exist_ok=True)
     try: yield work
@@ -271,25 +304,30 @@ def _clear(work):
         if _OURS.fullmatch(p.name): p.unlink()
     with suppress(OSError): work.rmdir()
 
-_TOKENIZER = ('tokenizer', 'vocab', 'merges', 'special_tokens_map', 'added_tokens', 'chat_template', 'spiece')   # how the names of its files begin
+# %% ../nbs/08_pruning.ipynb #3256af40
+_TOKENIZER = ('tokenizer', 'vocab', 'merges', 'special_tokens_map',
+              'added_tokens', 'chat_template', 'spiece') # how the names of its files begin
 
 def _copy_tokenizer(folder, out):
     "Copy the files of a tokenizer; none of them is run."
     for file in Path(folder).iterdir():
-        if file.is_file() and file.name.startswith(_TOKENIZER) and file.suffix != '.py': shutil.copyfile(file, out/file.name)
+        of_it = file.name.startswith(_TOKENIZER) and file.suffix != '.py'
+        if of_it and file.is_file(): shutil.copyfile(file, out/file.name)
 
 def _prune_folder(folder, calibration, method, sparsity, run):
     "Prune a checkpoint into another one, with one block in memory at a time; the new folder and the plan."
     if run.out is None: raise ValueError('Name the folder to make: run=Run(out=...).')
-    if calibration is None: raise ValueError('A model that is streamed cannot write its own text; give calibration windows.')
+    if calibration is None:
+        raise ValueError('A model that is streamed cannot write its own text; give calibration windows.')
     check_streams(method)
     size = sum(f.stat().st_size for f in set(tensor_files(folder).values()))
     if not run.overwrite: _check_ended(Path(os.path.abspath(run.out)))
-    with reserved_folder(run.out, size, run.overwrite, folder) as place, _work_folder(_work(place), run.resume) as work:
-        source, plan = _stream_into(folder, work, calibration, method, sparsity, run)
-        with atomic_folder(run.out, run.overwrite, source=folder) as tmp:
-            write_checkpoint(source, tmp)
-            _copy_tokenizer(folder, tmp)
-            plan.save(tmp/'plan.json')
-            write_manifest(tmp)
+    with reserved_folder(run.out, size, run.overwrite, folder) as place:
+        with _work_folder(_work(place), run.resume) as work:
+            source, plan = _stream_into(folder, work, calibration, method, sparsity, run)
+            with atomic_folder(run.out, run.overwrite, source=folder) as tmp:
+                write_checkpoint(source, tmp)
+                _copy_tokenizer(folder, tmp)
+                plan.save(tmp/'plan.json')
+                write_manifest(tmp)
     return Path(run.out), plan

@@ -77,17 +77,15 @@ class _Riders:
         with replaced([(linear, change)]): self.states.append(self.run(self.before))
         self.keys.append(key)
 
-# %% ../nbs/70_recipe.ipynb #rddfd070
+# %% ../nbs/70_recipe.ipynb #rf4a32ae
 @patch
 def divergences(self:_Riders):
-    "Divergence of each from the dense model, by key. Raises `ValueError` for one that is not finite."
+    "Divergence of each from the dense model, by key (eq. divergence)."
     model, found = self.source.model, {}
     with self.source.ends():
         logits = lambda i: logits_after(model, self.ids, self.states[i]).float()
         reference = F.log_softmax(logits(0), -1)
-        for i, key in enumerate(self.keys, 1):
-            found[key] = _divergence(logits(i), reference)
-            check_numbers(torch.tensor(found[key]), f'divergence of {key}', model.dtype)
+        for i, key in enumerate(self.keys, 1): found[key] = _divergence(logits(i), reference)
     return found
 
 # %% ../nbs/70_recipe.ipynb #r1dbb242
@@ -271,12 +269,12 @@ def _split(self:Recipe,
     fits = Windows(windows.ids[:len(windows) - m], windows.source)
     return fits, windows.ids[-max(m, 1):, :self.measure_seqlen]
 
-# %% ../nbs/70_recipe.ipynb #r0502975
+# %% ../nbs/70_recipe.ipynb #r1ca6458
 @patch
 def _probes(self:Recipe,
     ctx, # the `Context` of the run
 ):
-    "Probes of every coupling by name: pairs of bundles that left and divergence."
+    "Probes of every coupling by name: pairs of bundles that left and divergence. Raises `ValueError` for one that is not finite."
     fits, ids = self._split(ctx.windows)
     riders, found = _Riders(ctx.source, ids), {c.name: [] for c in ctx.table}
     for v in replace(ctx, windows=fits).look(Needs(everywhere=True), 'probing'):
@@ -284,7 +282,9 @@ def _probes(self:Recipe,
         if v.coupling is None: continue
         second = v.model.get_submodule(v.second)
         for k, W in self._trials(v): riders.start((v.coupling.name, k), second, W)
-    for (name, k), d in riders.divergences().items(): found[name].append((k, d))
+    for (name, k), d in riders.divergences().items():
+        check_numbers(torch.tensor(d), f'divergence without {k} units of {name}', ctx.model.dtype)
+        found[name].append((k, d))
     return found
 
 # %% ../nbs/70_recipe.ipynb #42d9d487

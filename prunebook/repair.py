@@ -16,7 +16,7 @@ from fastcore.basics import patch
 # %% ../nbs/15_repair.ipynb #d15r0001
 @dataclass(frozen=True)
 class Ridge:
-    "What is added to the diagonal of a least-squares problem, and what it pulls towards. Raises `ValueError` for other settings than these."
+    "Damping of a least-squares problem: its strength and its aim. Raises `ValueError` for other settings."
     damp: float = .01 # strength, as a fraction of the power that `of` names
     towards: str = 'weights' # what it pulls to: `weights` (the old ones) or `zero`
     of: str = 'mean' # in proportion to the `mean` of the diagonal, or to each channel's `own` entry
@@ -24,8 +24,10 @@ class Ridge:
     def __post_init__(self):
         number = isinstance(self.damp, Real) and not isinstance(self.damp, bool)
         if not (number and 0 <= self.damp < math.inf):
-            raise ValueError(f'damp is {self.damp!r}; it is a fraction of the diagonal, zero or more, for example 0.01.')
-        if self.towards not in ('weights', 'zero'): raise ValueError(f'towards is {self.towards!r}; it is "weights" or "zero".')
+            raise ValueError(f'damp is {self.damp!r}; it is a fraction of the diagonal, zero or more, '
+                             'for example 0.01.')
+        if self.towards not in ('weights', 'zero'):
+            raise ValueError(f'towards is {self.towards!r}; it is "weights" or "zero".')
         if self.of not in ('mean', 'own'): raise ValueError(f'of is {self.of!r}; it is "mean" or "own".')
 
 # %% ../nbs/15_repair.ipynb #d15r0004
@@ -68,7 +70,7 @@ def _copied(M, dtype):
 
 @torch.no_grad()
 def _factor(ridge, copy, dtype):
-    "Cholesky factor of the damped matrix that `copy(dtype)` makes, in its place, and what was added; None for a matrix of zeros."
+    "Cholesky factor of the damped matrix `copy(dtype)`, in its place, and what was added; None for zeros."
     damp = ridge.damp
     while True:
         M = copy(dtype)
@@ -83,18 +85,23 @@ def _factor(ridge, copy, dtype):
         if not failed: return L, delta
         if dtype == torch.float64:
             damp = max(10*damp, 1e-8)
-            warnings.warn(f'The matrix is not positive definite; damping is raised to {damp:.0e} of its diagonal.')
+            warnings.warn('The matrix is not positive definite; '
+                          f'damping is raised to {damp:.0e} of its diagonal.')
         dtype = torch.float64
 
 # %% ../nbs/15_repair.ipynb #d15r0011
 def _solve(ridge, copy, B, prior, dtype):
-    "Solution for the right side `B` of the matrix that `copy(dtype)` makes; `dtype`, or float64 where that failed."
-    if not all(map(math.isfinite, edges := _edges(B))): raise ValueError('The right side has entries that are not finite; the layer saw no finite, non-zero input.')
+    "Solution for the right side `B` of the matrix `copy(dtype)`, in `dtype`, or float64 where that failed."
+    edges = _edges(B)
+    if not all(map(math.isfinite, edges)):
+        raise ValueError('The right side has entries that are not finite; '
+                         'the layer saw no finite, non-zero input.')
     L, delta = _factor(ridge, copy, dtype)
-    if L is None and any(edges): raise ValueError('The mean of the diagonal is 0; the layer saw no finite, non-zero input.')
+    if L is None and any(edges):
+        raise ValueError('The mean of the diagonal is 0; the layer saw no finite, non-zero input.')
     B = _as(B, dtype if L is None else L.dtype)
     prior = None if prior is None or ridge.towards == 'zero' else _as(prior, B.dtype)
-    if L is None: return torch.zeros_like(B) if prior is None else prior                     # nothing was seen
+    if L is None: return torch.zeros_like(B) if prior is None else prior   # nothing was seen
     if prior is not None: B = B + delta.reshape(-1, 1)*prior
     return torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, B, upper=False), upper=True)
 
@@ -105,7 +112,7 @@ def solve(self: Ridge,
     prior=None, # old solution, (m, k), which a ridge towards `weights` pulls to; zero by default
     dtype=torch.float64, # precision of the solution; float64 is taken all the same if the factorization fails
 ):
-    "Solution of (A + δ) X = B + δ·prior, (m, k); `prior` itself if all is zero. Damps more, with a warning, if A + δ is not positive definite."
+    "Solution of (A + δ) X = B + δ·prior, (m, k); `prior` if all is zero. Warns if it must damp more."
     return _solve(self, lambda dtype: _copied(A, dtype), B, prior, dtype)
 
 # %% ../nbs/15_repair.ipynb #9d0ae850
@@ -127,13 +134,18 @@ def restore(self: Ridge,
     W, # weight of the second linear, (d, f)
     C, # second moments of its inputs, symmetric, (f, f)
     keep, # indices of the columns that stay, (m,)
-    dtype=None, # precision of the solution; by default float32, and float64 for float64 weights, a ridge below `WEAK_RIDGE` or towards zero
+    # precision; None is float64 for float64 weights, a ridge below `WEAK_RIDGE` or towards zero, else float32
+    dtype=None,
 ):
-    "Kept columns of `W`, re-fitted so that the layer's output changes least (eq. ridge); dtype of `W`, (d, m)."
+    "Kept columns of `W`, re-fitted so that the output changes least (eq. ridge); dtype of `W`, (d, m)."
     keep, gone = keep.to(C.device), torch.ones(len(C), dtype=bool, device=C.device)
-    kept = lambda dtype: _as(C[keep[:, None], keep], dtype).mT                               # (m, m), the only copy of this size
-    if self.towards == 'zero': return _solve(self, kept, as_double(C[keep]) @ as_double(W).T, None, torch.float64).T.to(W)
-    if dtype is None: dtype = torch.float64 if W.dtype == torch.float64 or self.damp < WEAK_RIDGE else torch.float32
+    kept = lambda dtype: _as(C[keep[:, None], keep], dtype).mT          # (m, m), the only copy of this size
+    if self.towards == 'zero':
+        outputs = as_double(C[keep]) @ as_double(W).T
+        return _solve(self, kept, outputs, None, torch.float64).T.to(W)
+    if dtype is None:
+        double = W.dtype == torch.float64 or self.damp < WEAK_RIDGE
+        dtype = torch.float64 if double else torch.float32
     gone[keep] = False
     gone = gone.nonzero()[:, 0]
     lost = _as(C[keep[:, None], gone], dtype) @ _as(W[:, gone.to(W.device)], dtype).T        # (m, d)
@@ -156,7 +168,7 @@ def restore_columns(
 def inverse(self: Ridge,
     M, # symmetric positive semi-definite, (n, n)
 ):
-    "Inverse of M + δ, float64, (n, n); the identity if `M` is zero. Damps more, with a warning, if M + δ is not positive definite."
+    "Inverse of M + δ, float64, (n, n); the identity if `M` is zero. Warns if it must damp more."
     L, _ = _factor(self, lambda dtype: _copied(M, dtype), torch.float64)
     if L is None: return torch.eye(len(M), dtype=torch.float64, device=double_device(M.device))
     return torch.cholesky_inverse(L, out=L)

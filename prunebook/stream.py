@@ -29,7 +29,7 @@ class Visit:
     ctx: Any # the `Context` of the run
     coupling: Coupling | None # the coupling; None for a second linear that loses nothing
     stage: Stage = None # its stage of the walk; None if no text is read
-    dense: list = None # what the dense model's second linear gives here, or what would bring the stream back to the dense one; (batch, seqlen, d) each
+    dense: list = None # outputs of the dense model here, or what would bring its stream back; (batch, seqlen, d) each
 
     @property
     def model(self): return self.ctx.model                 # only the block that is open has its weights
@@ -42,13 +42,15 @@ class Visit:
     @property
     def level(self): return 'second' if self.stage is None else self.stage.level             # whose inputs
     @property
-    def layer(self): return self.stage.layer if self.coupling is None else self.coupling.layer
+    def layer(self): return (self.coupling or self.stage).layer
     @property
-    def part(self): return self.stage.part if self.coupling is None else self.coupling.part  # `attention` or `mlp`
+    def part(self): return (self.coupling or self.stage).part  # `attention` or `mlp`
     @property
-    def second(self): return self.stage.second if self.coupling is None else self.coupling.second[0]   # name of the second linear
+    def second(self):                                      # name of the second linear
+        return self.stage.second if self.coupling is None else self.coupling.second[0]
     @property
-    def leaving(self): return 0 if self.coupling is None else self.ctx.steps[self.coupling.name]   # bundles of units that leave
+    def leaving(self):                                     # bundles of units that leave
+        return 0 if self.coupling is None else self.ctx.steps[self.coupling.name]
     @property
     def weight(self): return self.module(self.second)      # (d, f)
     @cached_property
@@ -96,7 +98,8 @@ def cut(self:Visit,
     weight, # new weight of the columns that stay, (d, m)
 ):
     "Slice the coupling, and write the new weight; the stream goes on from what is left."
-    if self.coupling is None or len(kept) == self.coupling.n_units: return give_weight(self.model, self.second, weight)
+    if self.coupling is None or len(kept) == self.coupling.n_units:
+        return give_weight(self.model, self.second, weight)
     keep = self.columns(kept)
     slice_coupling(self.model, self.coupling, check_kept(self.coupling, kept))
     self.weight.copy_(weight)
@@ -145,10 +148,11 @@ def turn_values(
     def turned(rows_of):
         "The same with its rows of values in the other basis."
         new = as_double(rows_of).clone()
-        new[rows] = torch.einsum('kij,kj...->ki...', as_double(R).to(new.device), new[rows])     # rows: (kv_heads, v)
+        new[rows] = torch.einsum('kij,kj...->ki...', as_double(R).to(new.device), new[rows])
         return new
     give_weight(model, name, turned(weight_of(m)), None if m.bias is None else turned(m.bias))
-    give_weight(model, block.out, as_double(weight_of(out)) @ torch.linalg.inv(B).to(double_device(out.weight.device)))
+    inverse = torch.linalg.inv(B).to(double_device(out.weight.device))
+    give_weight(model, block.out, as_double(weight_of(out)) @ inverse)
 
 # %% ../nbs/07_stream.ipynb #2ffd015b
 @patch
@@ -194,14 +198,17 @@ def run_key(
     "What tells one run from another, as plain values."
     source = as_source(source)
     tensors = source.tensors() if hasattr(source, 'tensors') else None
-    return dict(model=model_fingerprint(source.model, tensors), calibration=windows.fingerprint, dtype=str(source.model.dtype), **settings)
+    what = dict(model=model_fingerprint(source.model, tensors), dtype=str(source.model.dtype))
+    return dict(**what, calibration=windows.fingerprint, **settings)
 
 # %% ../nbs/07_stream.ipynb #e169bb16
 def _stages(ctx, needs, settings, dense):
     "Stages of the walk, and what the dense model gives at each."
     if needs.dense == 'stream': yield from drifting(ctx.source, ctx.windows, dense, ctx.log, **settings)
-    elif needs.dense: yield from ((new, old) for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings))
-    else: yield from ((s, None) for s in walk(ctx.source, ctx.windows, log=ctx.log, **settings))
+    elif needs.dense:
+        for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings): yield new, old
+    else:
+        for stage in walk(ctx.source, ctx.windows, log=ctx.log, **settings): yield stage, None
 
 def _without_text(ctx):
     "Visits without inputs."
@@ -220,7 +227,7 @@ def visits(
     dense=None, # source of the dense model; the twin of the run's source by default
     desc='walking', # label of the progress bar
 ):
-    "Yield a `Visit` for every coupling of the table, in the order of a forward pass; each block is open once."
+    "Yield a `Visit` for every coupling, in the order of a forward pass; each block is open once."
     if not needs.text:
         yield from _without_text(ctx)
         return
@@ -231,8 +238,8 @@ def visits(
         if c is None and not needs.everywhere: continue
         v = Visit(ctx, c, stage, _goal(stage, goal))
         yield v
-        v.__dict__.pop('gram', None)                       # the caller holds the visit until the next one comes
-        v.stage = v.dense = None                           # so that it must not hold what it has seen
+        v.__dict__.pop('gram', None)                       # the caller holds the visit until the next comes,
+        v.stage = v.dense = None                           # and must not hold what it has seen
 
 def _goal(stage, goal):
     "Outputs of the dense model at a second level; its stage at a first level."
@@ -254,15 +261,18 @@ def stream(
     "Prune the blocks of a source one after the other; kept units and scores by coupling name."
     ctx.found = method.prepare(ctx)
     ctx.steps = method.allocate(ctx) if ctx.given is None else _given_steps(ctx)
-    needs = method.needs if ctx.sparsity else replace(method.needs, everywhere=False)       # where nothing leaves, nothing is repaired
+    needs = method.needs
+    if not ctx.sparsity: needs = replace(needs, everywhere=False)              # nothing leaves, nothing is repaired
     dense = ctx.source.twin() if needs.dense else None     # as it is before the first cut
     kept, scores = ctx.log.read(ctx.model).decided if ctx.log else ({}, {})
     for v in visits(ctx, needs, dense, method.name):
         method.arrive(v)
         if v.level == 'first': continue
-        if v.coupling is None: v.cut(None, method.repair(v, torch.arange(v.weight.shape[1], device=v.weight.device)))
+        if v.coupling is None: v.cut(None, method.repair(v, _every_column(v)))
         else: _decide(method, v, kept, scores, needs.everywhere)
     return kept, scores
+
+def _every_column(v): return torch.arange(v.weight.shape[1], device=v.weight.device)
 
 def _given_steps(ctx):
     "Bundles that leave each coupling where the kept units are given."

@@ -48,7 +48,7 @@ from torch.nn import functional as F  # noqa: E402
 from prunebook.couplings import anatomy, couplings, slice_units  # noqa: E402
 from prunebook.estimate import estimate  # noqa: E402
 from prunebook.evaluate import Perplexity, peak_memory, perplexity, weight_bytes, window_losses  # noqa: E402
-from prunebook.methods import configured  # noqa: E402
+from prunebook.methods import Run, configured  # noqa: E402
 from prunebook.models import TINY, decoder_linears, load_model, n_parameters, tiny_model  # noqa: E402
 from prunebook.plan import write_atomic  # noqa: E402
 from prunebook.pruning import prune  # noqa: E402
@@ -238,7 +238,8 @@ SHAPES = {
     '1b': _llama(2048, 8192, 16, 32, 8, 128256), '7b': _llama(4096, 11008, 32, 32, 32, 32000),
     '8b': _llama(4096, 14336, 32, 32, 8, 128256), '13b': _llama(5120, 13824, 40, 40, 40, 32000)}  # model type and configuration
 FEW = dict(evaluations=16, windows=2, seqlen=512, restore=True)  # Bonsai, few sub-models
-SHOT = dict(shots=1, rounds=1, batch_size=1, checkpoint=True, reuse=False)  # LLM Surgeon, one shot
+SHOT = dict(shots=1, rounds=1)  # LLM Surgeon, one shot
+HOW = dict(surgeon=Run(batch_size=2, lean=True))  # how a method runs, where not by default
 RUNS = [
     ('7b', 'fasp', dict(units=MLP), 128, 2048, 60), ('opt-125m', 'fasp', dict(units=MLP), 128, 2048, 8), ('7b', 'recipe', {}, 32, 2048, 60),
     ('13b', 'fasp', dict(units=MLP), 32, 2048, 40), ('8b', 'fasp', dict(units=MLP), 32, 2048, 30), ('7b', 'surgeon', SHOT, 32, 512, 30),
@@ -283,18 +284,18 @@ def warmed_up(name, settings, device, dtype):
     "One run of a method on a small model, so that libraries are loaded and handles made."
     model = tiny_model('llama', intermediate_size=64, hidden_size=48).to(device, dtype)
     few = dict(measure_seqlen=16) if name == 'recipe' else dict(seqlen=16, evaluations=8) if name == 'bonsai' else {}
-    prune(model, random_tokens(model, 16, 32), configured(name, {**json.loads(settings), **few}), .2, inplace=True)
+    prune(model, random_tokens(model, 16, 32), configured(name, {**json.loads(settings), **few}), .2, inplace=True, run=HOW.get(name))
 
 
 def timed_prune(model, windows, name, settings, sparsity, record):
     "Prune in place; writes seconds and bytes into the record, and returns the pruned model and its plan."
     method, tokens = configured(name, settings), windows.ids.numel()
-    guess = estimate(model, method, tokens, sparsity, seqlen=windows.seqlen, inplace=True)
+    guess = estimate(model, method, tokens, sparsity, HOW.get(name), windows.seqlen, inplace=True)
     free(model.device)
     weights = weight_bytes(model)
     with peak_memory(model.device) as memory:
         found = []
-        seconds = clock(lambda: found.extend(prune(model, windows, method, sparsity, inplace=True)), model.device)
+        seconds = clock(lambda: found.extend(prune(model, windows, method, sparsity, inplace=True, run=HOW.get(name))), model.device)
     small, plan = found
     record.update(method=name, settings=method.settings(), sparsity=sparsity, true_sparsity=plan.true_sparsity, windows=len(windows), seqlen=windows.seqlen,
                   dtype=str(model.dtype).split('.')[-1], seconds=seconds, weight_bytes=weights, peak_bytes=memory['extra'] + weights, extra_bytes=memory['extra'],

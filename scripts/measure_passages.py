@@ -23,6 +23,7 @@ from prunebook.text import Windows, load_windows, random_tokens
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'passages'
 NAMES = ('depth2',)
+WAYS = dict(none=False, one_step='one_step', two_step='two_step', kept_columns=True)              # `restore`, by its name in the file
 
 
 @torch.no_grad()
@@ -48,8 +49,8 @@ def depth2(model, tokenizer):
     targets = {n: mlp_outputs(model, w) for n, w in (('calibration', fit), ('held_out', few))}
     misfits = lambda m: dict(calibration=misfit(m, targets['calibration'], fit), held_out=misfit(m, targets['held_out'], few))
     found = dict(dense=dict(losses=losses(model)), reconstruct={}, trust={}, no_text={})
-    for r in ('none', 'one_step', 'two_step', 'kept_columns'):
-        small, plan = prune(model, fit, Depth2(reconstruct=r), sparsity=.2)
+    for r, restore in WAYS.items():
+        small, plan = prune(model, fit, Depth2(restore=restore), sparsity=.2)
         found['reconstruct'][r] = dict(losses=losses(small), block_errors=block_errors(model, small, few).tolist(), true_sparsity=plan.true_sparsity)
     for t in (.25, 0., 1.):                                # the last model of the loop above has .25
         if t != .25: small, _ = prune(model, fit, Depth2(trust=t), sparsity=.2)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
-from prunebook.bonsai import (L1_GRID, PRIORS, WORST, Bonsai, EvaluationLog, fit_l1, fit_levels, hadamard, in_play, kendall_tau, prior_scores, published_pairs,
-                              relative_size, orthogonal_pairs, sub_model, sub_model_losses, token_loss, _split, _wide)
+from test_conformance import MODELS, build
+from prunebook.bonsai import (_L1_GRID, _PRIORS, _WORST, Bonsai, _EvaluationLog, _fit_l1, _fit_levels, _hadamard, _in_play, _kendall_tau, prior_scores, _published_pairs,
+                              _relative_size, _orthogonal_pairs, sub_model, sub_model_losses, token_loss, _split, _wide)
 from prunebook.cli import main
-from prunebook.couplings import couplings, masked, slice_units
+from prunebook.couplings import anatomy, couplings, masked, slice_units
 from prunebook.evaluate import window_losses
 from prunebook.methods import METHODS, Run, as_method
 from prunebook.pruning import prune
@@ -67,6 +68,54 @@ def test_a_sub_model_computes_what_a_mask_of_zeros_computes(family, kinds):
     assert all(torch.equal(t, before[n]) for n, t in m.state_dict().items())
 
 
+FUSED = [(family, variant) for family in ('phi3', 'gpt_neox') for variant in range(len(MODELS[family][1]))]
+
+
+@pytest.mark.parametrize('kinds', [*KINDS, ('value_channel',), ('query_head',)], ids='-'.join)
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_a_sub_model_of_fused_matrices_is_the_sliced_model(family, variant, kinds):
+    "Queries, keys and values in one matrix, stacked or interleaved, and gate and up in one."
+    m, w = build(family, variant), windows(2)
+    try: table = couplings(m, kinds)
+    except ValueError: pytest.skip('one query head per key-value head')
+    gone = some_gone(table)
+    if not gone.any(): pytest.skip('a single unit')
+    known = [dict(vars(m.get_submodule(b.attention))) for b in anatomy(m)]
+    with torch.no_grad():
+        dense, expected = m(w.ids).logits, slice_units(copy.deepcopy(m), kept_of(table, gone))(w.ids).logits
+        with sub_model(m, table, gone): found = m(w.ids).logits
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4*expected.abs().max().item())
+        assert not torch.allclose(found, dense, rtol=1e-4, atol=1e-3) and torch.equal(m(w.ids).logits, dense)
+    assert [dict(vars(m.get_submodule(b.attention))) for b in anatomy(m)] == known           # attributes and configuration, too
+
+
+@pytest.mark.parametrize('family', ['phi3', 'gpt_neox'])
+def test_a_sub_model_of_a_sliced_model(family):
+    "Attributes that a cut has set before are those of the module afterwards."
+    m, w = build(family, len(MODELS[family][1]) - 1), windows(2)
+    slice_units(m, {c.name: [0, 1, 3, 5] for c in couplings(m, 'kv_group')})
+    table = couplings(m, ('kv_group', 'mlp_channel'))
+    gone = some_gone(table, .6)
+    with torch.no_grad():
+        dense, expected = m(w.ids).logits, slice_units(copy.deepcopy(m), kept_of(table, gone))(w.ids).logits
+        with sub_model(m, table, gone): found = m(w.ids).logits
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4*expected.abs().max().item()) and torch.equal(m(w.ids).logits, dense)
+
+
+@pytest.mark.parametrize('kinds', KINDS[:3], ids='-'.join)
+@pytest.mark.parametrize('family', ['phi3', 'gpt_neox'])
+def test_fused_families_to_the_sparsity_asked_for(family, kinds):
+    m, w = build(family, min(1, len(MODELS[family][1]) - 1)), windows()
+    try: couplings(m, kinds)
+    except ValueError: pytest.skip('one query head per key-value head')
+    small, plan = prune(m, w, Bonsai(**{**QUICK, 'units': kinds, 'step': .2}), .3)
+    assert .3 <= plan.true_sparsity < .45
+    expected = plan.apply(copy.deepcopy(m))
+    with torch.no_grad():
+        assert small(w.ids).logits.isfinite().all()
+        assert torch.allclose(small(w.ids).logits, expected(w.ids).logits, rtol=1e-4, atol=1e-4*small(w.ids).logits.abs().max().item())
+
+
 def test_sub_models_of_a_model_with_narrow_values():
     "Value channels and key-value groups of a model whose value heads are padded already."
     m, w = tiny_model('llama'), windows(2)
@@ -113,9 +162,9 @@ def test_token_loss_is_the_mean_loss_and_is_clipped():
     m, w = tiny_model('qwen2'), windows(5)
     assert token_loss(m, w.ids, 2) == pytest.approx(window_losses(m, w).mean().item(), rel=1e-6)
     m.model.norm.weight.data.fill_(float('nan'))
-    assert token_loss(m, w.ids) == WORST
+    assert token_loss(m, w.ids) == _WORST
     m.model.norm.weight.data.fill_(1e6)
-    assert token_loss(m, w.ids) == WORST
+    assert token_loss(m, w.ids) == _WORST
 
 
 # ---- priors and masks -----------------------------------------------------------------------------------------------
@@ -141,19 +190,19 @@ def test_relative_size_forgets_the_scale_of_a_coupling():
     table = couplings(tiny_model('llama'))
     prior = torch.rand(n_units(table), generator=generator()).double()
     scaled = torch.cat([s*10.**i for i, s in enumerate(_split(prior, table))])
-    pool = in_play(table, prior, .4)
-    sizes = relative_size(table, prior, pool)
-    assert torch.allclose(sizes, relative_size(table, scaled, pool)) and relative_size(table, 0*prior, ~pool & False).isfinite().all()
+    pool = _in_play(table, prior, .4)
+    sizes = _relative_size(table, prior, pool)
+    assert torch.allclose(sizes, _relative_size(table, scaled, pool)) and _relative_size(table, 0*prior, ~pool & False).isfinite().all()
     for c, s, p in zip(table, _split(sizes, table), _split(pool, table)): assert s[p].mean().item() == pytest.approx(c.cost/1e6)
 
 
 @pytest.mark.parametrize('kinds', KINDS[:3], ids='-'.join)
 @pytest.mark.parametrize('share', [.1, .5, 1.])
-@pytest.mark.parametrize('design', [orthogonal_pairs, published_pairs])
+@pytest.mark.parametrize('design', [_orthogonal_pairs, _published_pairs])
 def test_masks_are_complementary_in_play_and_leave_a_unit(design, share, kinds):
     table = couplings(tiny_model('llama'), kinds)
     prior = torch.rand(n_units(table), generator=generator()).double()
-    pool = in_play(table, prior, share, design is published_pairs)
+    pool = _in_play(table, prior, share, design is _published_pairs)
     masks = design(table, prior, pool, share, 20, generator(1))
     assert masks.shape == (20, 2, n_units(table)) and not (masks.any(1) & ~pool).any() and not (masks[:, 0] & masks[:, 1]).any()
     assert not any(m.all(-1).any() for m in _split(masks, table))
@@ -165,8 +214,8 @@ def test_masks_are_complementary_in_play_and_leave_a_unit(design, share, kinds):
 def test_parts_leave_together_by_orthogonal_signs(pairs, parts):
     table = couplings(build_model('llama', intermediate_size=160), 'mlp_channel')*2          # six couplings of 160 units
     prior = torch.rand(n_units(table), generator=generator()).double()
-    pool = in_play(table, prior, .4)
-    masks = orthogonal_pairs(table, prior, pool, .4, pairs, generator())
+    pool = _in_play(table, prior, .4)
+    masks = _orthogonal_pairs(table, prior, pool, .4, pairs, generator())
     assert masks.float().mean().item() == pytest.approx(.2) and torch.equal(masks.any(1), pool.expand(pairs, -1))
     signs = []
     for m, s, p in zip(_split(masks[:, 0], table), _split(prior, table), _split(pool, table)):
@@ -183,27 +232,27 @@ def test_the_published_design_as_published():
     "int(pN) + 1 units of every coupling, only among the last 2pN by the prior, the weak ones more often."
     table = couplings(build_model('llama', intermediate_size=100), 'mlp_channel')
     prior = torch.arange(100.).double().repeat(3)
-    pool = in_play(table, prior, .2, published=True)
+    pool = _in_play(table, prior, .2, published=True)
     assert pool.view(3, 100).sum(1).tolist() == [20]*3 and pool[:20].all()
-    masks = published_pairs(table, prior, pool, .2, 300, generator())
+    masks = _published_pairs(table, prior, pool, .2, 300, generator())
     assert (masks[:, 0].view(300, 3, 100).sum(-1) == 11).all() and (masks[:, 1].view(300, 3, 100).sum(-1) == 9).all()
     assert masks[:, 0, :10].float().mean() > masks[:, 0, 10:20].float().mean()
 
 
 def test_hadamard():
-    for n in (1, 2, 5, 64): assert torch.equal(hadamard(n).T @ hadamard(n), len(hadamard(n))*torch.eye(len(hadamard(n)))) and len(hadamard(n)) >= n
+    for n in (1, 2, 5, 64): assert torch.equal(_hadamard(n).T @ _hadamard(n), len(_hadamard(n))*torch.eye(len(_hadamard(n)))) and len(_hadamard(n)) >= n
 
 
 # ---- regressions ----------------------------------------------------------------------------------------------------
 
 def test_kendall_tau():
     a, g = torch.randn(40, generator=generator()), generator(1)
-    assert kendall_tau(a, a.exp()) == pytest.approx(1) and kendall_tau(a, -a) == pytest.approx(-1) and kendall_tau(a, 0*a) == 0
+    assert _kendall_tau(a, a.exp()) == pytest.approx(1) and _kendall_tau(a, -a) == pytest.approx(-1) and _kendall_tau(a, 0*a) == 0
     stats = pytest.importorskip('scipy.stats')
     for ties in (False, True):
         b = torch.randn(40, generator=g)
         if ties: a, b = (2*a).round(), (2*b).round()
-        assert kendall_tau(a, b) == pytest.approx(stats.kendalltau(a, b).statistic)
+        assert _kendall_tau(a, b) == pytest.approx(stats.kendalltau(a, b).statistic)
 
 
 def planted(n=60, m=400, noise=.1, seed=0):
@@ -218,19 +267,19 @@ def planted(n=60, m=400, noise=.1, seed=0):
 
 def test_planted_coefficients_are_recovered():
     X, y, w, *structure = planted()
-    fit = fit_levels(X, y, *structure)
-    assert kendall_tau(fit.coefficients, w) >= .9 and kendall_tau(structure[0], w) < .7
-    assert kendall_tau(fit_l1(X, y, grid=[(0., .1, 32)]).coefficients, w) >= .6
+    fit = _fit_levels(X, y, *structure)
+    assert _kendall_tau(fit.coefficients, w) >= .9 and _kendall_tau(structure[0], w) < .7
+    assert _kendall_tau(_fit_l1(X, y, grid=[(0., .1, 32)]).coefficients, w) >= .6
 
 
 def test_few_observations_still_beat_the_prior():
-    taus = [[kendall_tau(fit_levels(X, y, *s).coefficients, w), kendall_tau(s[0], w)] for X, y, w, *s in (planted(m=24, noise=1., seed=i) for i in range(5))]
+    taus = [[_kendall_tau(_fit_levels(X, y, *s).coefficients, w), _kendall_tau(s[0], w)] for X, y, w, *s in (planted(m=24, noise=1., seed=i) for i in range(5))]
     assert all(a > b + .1 for a, b in taus)
 
 
 def test_levels_against_leaving_one_pair_out():
     X, y, w, size, member, kind, pair = planted(m=20)
-    fit, U = fit_levels(X, y, size, member, kind, pair, spreads=(.5,), steps=0), X.double()*size
+    fit, U = _fit_levels(X, y, size, member, kind, pair, spreads=(.5,), steps=0), X.double()*size
     Z, one_hot = U @ torch.nn.functional.one_hot(member).double(), torch.nn.functional.one_hot(pair).double()
     K = .5*Z @ Z.T/(Z @ Z.T).diag().mean() + .5*U @ U.T/(U @ U.T).diag().mean() + .5*one_hot @ one_hot.T
     for p in (0, 3, 9):
@@ -245,18 +294,18 @@ def test_levels_against_leaving_one_pair_out():
 def test_what_a_pair_shares_is_not_blamed_on_units():
     X, y, w, *structure = planted(m=160, noise=.05)
     y = y + 5*torch.randn(80, generator=generator(3)).double().repeat_interleave(2)
-    known, unknown = fit_levels(X, y, *structure), fit_levels(X, y, *structure[:-1], torch.arange(160))
+    known, unknown = _fit_levels(X, y, *structure), _fit_levels(X, y, *structure[:-1], torch.arange(160))
     assert known.info['pairs'] > 1 and (known.coefficients - w).norm() < .3*(unknown.coefficients - w).norm()
 
 
 def test_a_regression_survives_equal_losses_and_constant_designs():
     X, y, w, *structure = planted(m=20)
     for X, y in ((X, 0*y + 3), (torch.zeros_like(X), y), (X[:1].expand(20, -1), y)):
-        fit = fit_levels(X, y, *structure)
+        fit = _fit_levels(X, y, *structure)
         assert fit.coefficients.isfinite().all() and fit.predict(X).isfinite().all() and fit.held_out.isfinite().all()
 
 
-def test_the_published_grid(): assert len(L1_GRID) == 36
+def test_the_published_grid(): assert len(_L1_GRID) == 36
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------
@@ -408,7 +457,7 @@ slow, f = float(sys.argv[3]), b.token_loss
 b.token_loss = lambda *a: (time.sleep(slow), f(*a))[1]
 w = Windows(torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0)), 'random')
 small, plan = prune(tiny_model('llama'), w, b.Bonsai(units=('mlp_channel', 'kv_group'), evaluations=16, step=.1, windows=2, seqlen=16), .2, run=Run(log=sys.argv[1] or None))
-if b.Workers('cpu').rank == 0: plan.save(sys.argv[2])
+if b._Workers('cpu').rank == 0: plan.save(sys.argv[2])
 '''
 
 

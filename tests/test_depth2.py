@@ -5,18 +5,19 @@ import math
 import pytest
 import torch
 from helpers import tiny_model
+from test_conformance import MODELS, build
 from hypothesis import given, strategies as st
 from prunebook.couplings import anatomy, couplings, slice_units, weight_of
-from prunebook.depth2 import (Depth2, Moments, block_errors, column_moments, head_distances, js_sums, observed_attention,
-                              removal_order, second_level, similarity_scores)
-from prunebook.methods import Run, as_method
+from prunebook.depth2 import (Depth2, _Moments, block_errors, _column_moments, _first_level, head_distances, _js_sums, _observed_attention,
+                              removal_order, _similarity_scores)
+from prunebook.methods import Needs, Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY
-from prunebook.repair import restore_columns
+from prunebook.repair import Ridge, restore_columns
 from prunebook.save import load_pruned, save_pruned
 from prunebook.text import Windows
-from prunebook.sources import twin
-from prunebook.stream import cross_gram
+from prunebook.sources import InMemory, twin
+from prunebook.stream import Context, Visit, cross_gram, visits
 from prunebook.walk import walk
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -42,7 +43,7 @@ def distances(H, seed):
 def test_divergence_is_symmetric_bounded_and_zero_on_the_diagonal(H, rows, keys, scale, seed):
     P = (torch.randn(2, H, rows, keys, generator=torch.Generator().manual_seed(seed))*scale).softmax(-1)
     for distance, bound in ((True, math.log(2)**.5), (False, math.log(2))):
-        D = js_sums(P, distance)/(2*rows)
+        D = _js_sums(P, distance)/(2*rows)
         assert torch.equal(D, D.T) and (D.diag() == 0).all()
         assert (D >= 0).all() and (D <= bound + 1e-4).all()
 
@@ -50,14 +51,14 @@ def test_divergence_is_symmetric_bounded_and_zero_on_the_diagonal(H, rows, keys,
 @pytest.mark.parametrize('seed', range(5))
 def test_identical_heads_have_distance_zero_and_opposite_ones_the_bound(seed):
     P = torch.randn(3, 1, 4, 6, generator=torch.Generator().manual_seed(seed)).softmax(-1).repeat(1, 3, 1, 1)
-    assert (js_sums(P) == 0).all()
+    assert (_js_sums(P) == 0).all()
     one_hot = torch.eye(4)[None, :, None]                  # 4 heads that look at 4 tokens
-    assert torch.allclose(js_sums(one_hot, False), math.log(2)*(1 - torch.eye(4, dtype=torch.float64)))
+    assert torch.allclose(_js_sums(one_hot, False), math.log(2)*(1 - torch.eye(4, dtype=torch.float64)))
 
 
 def test_distance_obeys_the_triangle_inequality():
     P = torch.randn(1, 12, 1, 5, generator=torch.Generator().manual_seed(1)).mul(3).softmax(-1)
-    D = js_sums(P)
+    D = _js_sums(P)
     assert all(D[i, k] <= D[i, j] + D[j, k] + 1e-5 for i in range(12) for j in range(12) for k in range(12))
 
 
@@ -68,7 +69,7 @@ def test_distances_are_those_of_the_maps_the_model_returns(family):
     m.config._attn_implementation = 'eager'
     with torch.no_grad(): maps = m(w.ids, output_attentions=True).attentions
     for D, E, P in zip(got, pieces, maps):
-        assert torch.allclose(D, js_sums(P)/w.ids.numel(), atol=1e-4)
+        assert torch.allclose(D, _js_sums(P)/w.ids.numel(), atol=1e-4)
         assert torch.allclose(D, E, atol=1e-5)
 
 
@@ -77,13 +78,13 @@ def test_observing_changes_neither_the_model_nor_its_settings(family):
     m, w = tiny_model(family), windows(2, 12)
     before, setting = m(w.ids).logits, m.config._attn_implementation
     with pytest.raises(RuntimeError):
-        with observed_attention(m, lambda layer, P: None): raise RuntimeError
+        with _observed_attention(m, lambda layer, P: None): raise RuntimeError
     assert m.config._attn_implementation == setting and torch.equal(m(w.ids).logits, before)
 
 
 def test_no_more_than_the_stated_rows_exist_at_a_time():
     m, sizes = tiny_model('llama'), []
-    with torch.no_grad(), observed_attention(m, lambda layer, P: sizes.append(tuple(P.shape)), rows=4): m(windows(2, 10).ids)
+    with torch.no_grad(), _observed_attention(m, lambda layer, P: sizes.append(tuple(P.shape)), rows=4): m(windows(2, 10).ids)
     assert set(sizes) == {(2, 6, 4, 10), (2, 6, 2, 10)}
 
 
@@ -98,7 +99,7 @@ def test_scores_follow_the_heads_when_they_are_renumbered():
     out = m.get_submodule(b.out); out.weight.data = out.weight.data[:, rows]
     after = head_distances(m, w)[0]
     assert torch.allclose(after, before[order][:, order], atol=1e-6)
-    assert torch.allclose(similarity_scores(c, after), similarity_scores(c, before)[order], atol=1e-6)
+    assert torch.allclose(_similarity_scores(c, after), _similarity_scores(c, before)[order], atol=1e-6)
 
 
 # ---- which heads leave --------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def test_groups_are_compared_by_the_mean_over_their_heads():
     c, D = couplings(m, 'kv_group')[0], distances(6, 3)
     K, g = c.n_units, 6//c.n_units
     by_hand = torch.tensor([[D[i*g:(i + 1)*g, j*g:(j + 1)*g].mean() for j in range(K)] for i in range(K)])
-    scores = similarity_scores(c, D)
+    scores = _similarity_scores(c, D)
     off = by_hand + 9*torch.eye(K)
     assert scores.min() == pytest.approx(off.min().item(), abs=1e-6)
     assert (scores == math.log(2)**.5).sum() == 1          # one group never leaves
@@ -136,7 +137,7 @@ def test_a_threshold_a_number_and_a_share_of_heads(kind):
     m, w = tiny_model('llama'), windows()
     table = {c.name: c for c in couplings(m, kind)}
     D = head_distances(m, Windows(w.ids[:8], 'maps'))
-    scores = {n: similarity_scores(c, D[c.layer]) for n, c in table.items()}
+    scores = {n: _similarity_scores(c, D[c.layer]) for n, c in table.items()}
     size = {n: c.n_units//c.groups for n, c in table.items()}
     bundle = lambda n: scores[n].view(table[n].groups, -1).sort(1).values.max(0).values[:-1]
     tau = sorted(v for n in table for v in bundle(n).tolist())[1] + 1e-6
@@ -170,8 +171,8 @@ def test_moments_of_rows_are_mean_squares(rows, d, bias, seed):
     X, W = [torch.randn(7, d, generator=gen) + .5, torch.randn(2, 3, d, generator=gen)], torch.randn(rows, d, generator=gen)
     b = torch.randn(rows, generator=gen) if bias else None
     a = flat(X) @ W.double().T + (0 if b is None else b.double())
-    assert torch.allclose(Moments.of(X).rows(W, b).double(), a.pow(2).mean(0), rtol=1e-3, atol=1e-4)
-    assert torch.allclose(Moments.of(X).centred().rows(W).double(), a.var(0, unbiased=False), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(_Moments.of(X).rows(W, b).double(), a.pow(2).mean(0), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(_Moments.of(X).centred().rows(W).double(), a.var(0, unbiased=False), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('family', TINY)
@@ -179,21 +180,98 @@ def test_scores_are_their_definitions(family):
     m, w = tiny_model(family), windows(4, 20)
     for s in walk(m, w, firsts=True):
         if s.layer != 1: continue
-        if s.level == 'first': x, moments = flat(s.X), Moments.of(s.X); continue
+        if s.level == 'first': x, moments = flat(s.X), _Moments.of(s.X); continue
         b, W2 = s.block, weight_of(m.get_submodule(s.second)).detach().double()
         inner = flat(s.X).pow(2).mean(0).float()
         if s.part == 'attention':
-            assert torch.allclose(column_moments(m, b, 'attention', moments, inner).double(), W2.pow(2).sum(0)*inner, rtol=1e-4)
+            assert torch.allclose(_column_moments(m, b, 'attention', moments, inner).double(), W2.pow(2).sum(0)*inner, rtol=1e-4)
             continue
         lin = [m.get_submodule(b.path(n)) for n in b.family.mlp_firsts]
         a = [x @ weight_of(l).detach().double().T + (0 if l.bias is None else l.bias.detach().double()) for l in lin]
         paper = .5*math.prod(W2.pow(2).sum(0)*t.pow(2).mean(0) for t in a)
-        assert torch.allclose(column_moments(m, b, 'mlp', moments, inner).double(), paper, rtol=1e-3)
+        assert torch.allclose(_column_moments(m, b, 'mlp', moments, inner).double(), paper, rtol=1e-3)
         act = {'silu': torch.nn.functional.silu, 'relu': torch.relu}.get(getattr(m.config, 'hidden_act', None) or m.config.activation_function)
         if act is not None:
             code = W2.pow(2).sum(0).sqrt()*act(a[0].var(0, unbiased=False))*math.prod(t.var(0, unbiased=False) for t in a[1:])
-            assert torch.allclose(column_moments(m, b, 'mlp', moments, inner, 'code').double(), code, rtol=1e-2, atol=1e-8)
-        assert torch.allclose(column_moments(m, b, 'mlp', moments, inner, 'measured').double(), W2.pow(2).sum(0)*inner, rtol=1e-4)
+            assert torch.allclose(_column_moments(m, b, 'mlp', moments, inner, 'code').double(), code, rtol=1e-2, atol=1e-8)
+        assert torch.allclose(_column_moments(m, b, 'mlp', moments, inner, 'measured').double(), W2.pow(2).sum(0)*inner, rtol=1e-4)
+
+
+FUSED = [(family, variant) for family in ('phi3', 'gpt_neox') for variant in range(len(MODELS[family][1]))]
+
+
+def parts_of(m, b, part):
+    "Weights and biases of values (attention), or of gate and up (MLP), cut out of fused matrices by hand; float64."
+    H, K, h, f = b.heads, b.kv_heads, b.head_dim, b.mlp_width
+    layer = m.get_submodule(b.name)
+    if part == 'attention':
+        l = layer.self_attn.qkv_proj if m.config.model_type == 'phi3' else layer.attention.query_key_value
+        if m.config.model_type == 'phi3': rows = [(H + K)*h + q//(H//K)*h + i for q in range(H) for i in range(h)]
+        else: rows = [q*3*h + 2*h + i for q in range(H) for i in range(h)]
+        parts = [rows]
+    else:
+        l = layer.mlp.gate_up_proj if m.config.model_type == 'phi3' else layer.mlp.dense_h_to_4h
+        parts = [range(f), range(f, 2*f)] if m.config.model_type == 'phi3' else [range(f)]
+    W, bias = l.weight.detach().double(), torch.zeros(len(l.weight)).double() if l.bias is None else l.bias.detach().double()
+    return [(W[list(p)], bias[list(p)]) for p in parts]
+
+
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_scores_of_fused_matrices_are_their_definitions(family, variant):
+    m, w = build(family, variant), windows(4, 20)
+    act = {'phi3': torch.nn.functional.silu, 'gpt_neox': torch.nn.functional.gelu}[family]
+    for s in walk(m, w, firsts=True):
+        if s.layer != 1: continue
+        if s.level == 'first': x, moments = flat(s.X), _Moments.of(s.X); continue
+        b, W2 = s.block, weight_of(m.get_submodule(s.second)).detach().double()
+        norm2, inner = W2.pow(2).sum(0), flat(s.X).pow(2).mean(0).float()
+        a = [x @ W.T + bias for W, bias in parts_of(m, b, s.part)]
+        paper = math.prod(norm2*t.pow(2).mean(0) for t in a)/(1 if s.part == 'attention' else 2)
+        first, *rest = [t.var(0, unbiased=False) for t in a]
+        code = norm2.sqrt()*(first if s.part == 'attention' else act(first)*math.prod(rest))
+        score = lambda inner, form: _column_moments(m, b, s.part, moments, inner, form).double()
+        assert torch.allclose(score(None, 'paper'), paper, rtol=1e-3)
+        assert torch.allclose(score(inner, 'code'), code, rtol=1e-2, atol=1e-6)
+        assert torch.allclose(score(inner, 'measured'), norm2*inner, rtol=1e-4)
+
+
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_the_first_level_of_fused_matrices(family, variant):
+    "Every row of a fused first linear, and no other, maps pruned inputs to what the dense model computes."
+    m, w = build(family, variant), windows(16)
+    damaged = copy.deepcopy(m)
+    damaged.get_submodule(anatomy(m)[0].mlp_second).weight.data[:, ::3] = 0
+    ctx = Context(InMemory(damaged), w, .2, table=couplings(damaged, ('value_channel', 'mlp_channel')))
+    for v in visits(ctx, Needs(firsts=True, dense='outputs'), InMemory(m)):
+        if v.layer != 1 or v.level != 'first': continue
+        X, Xh = flat(v.dense.X), flat(v.X)
+        n = next(n for n, _ in v.coupling.firsts)
+        dense = m.get_submodule(n).weight.detach().double()
+        _first_level(v, Ridge(1e-9, 'zero'))
+        best = torch.linalg.lstsq(Xh, X @ dense.T, driver='gelsd').solution
+        misfit = lambda W: (Xh @ W - X @ dense.T).norm()
+        assert misfit(v.module(n).double().T) == pytest.approx(misfit(best).item(), rel=1e-3)
+        assert misfit(best) < .9*misfit(dense.T)
+
+
+@pytest.mark.parametrize('family, variant', FUSED)
+def test_distances_of_heads_in_fused_matrices(family, variant):
+    m, w = build(family, variant), windows(3, 17)
+    got = head_distances(m, w, rows=5)
+    m.config._attn_implementation = 'eager'
+    with torch.no_grad(): maps = m(w.ids, output_attentions=True).attentions
+    for D, P in zip(got, maps): assert torch.allclose(D, _js_sums(P)/w.ids.numel(), atol=1e-4)
+
+
+@pytest.mark.parametrize('settings', [dict(units=('mlp_channel',)), dict(units=('value_channel', 'mlp_channel'), form='paper'), dict(units=('value_channel', 'mlp_channel'), form='code'),
+                                      dict(units=('kv_group', 'mlp_channel'), restore='two_step'), dict(units=('query_head', 'mlp_channel'), head_share=.5),
+                                      dict(units=('value_channel', 'mlp_channel'), sigma='identity', form='paper', restore=False)], ids=lambda s: s['units'][0] + s.get('form', ''))
+@pytest.mark.parametrize('family', ['phi3', 'gpt_neox'])
+def test_fused_families_are_pruned(family, settings):
+    m, w = build(family, min(1, len(MODELS[family][1]) - 1)), windows()
+    if 'query_head' in settings['units'] and not grouped(m): pytest.skip('one query head per key-value head')
+    small, plan = prune(m, w, Depth2(**settings), .2)
+    assert .2 - 1e-9 <= plan.true_sparsity < .35 and small(w.ids).logits.isfinite().all()
 
 
 # ---- reconstruction ------------------------------------------------------------------------------------------------------
@@ -235,7 +313,7 @@ def test_second_block_is_fitted_from_pruned_inputs_to_dense_outputs(family, way)
         assert torch.allclose(weight_of(small.get_submodule(n)).detach().double(), expected[kept], atol=2e-2*expected.abs().max().item())
     Y = Z @ weight_of(m.get_submodule(b.mlp_second)).detach().double().T
     got = weight_of(small.get_submodule(b.mlp_second)).detach().double()
-    if way == 'kept_columns':
+    if way is True:
         best = torch.linalg.lstsq(Zh, Y).solution.T
         assert (Zh @ got.T - Y).norm() <= (Zh @ best.T - Y).norm()*1.001 + 1e-6
     else: assert (Zh @ got.T - Y).norm() > (Zh @ torch.linalg.lstsq(Zh, Y).solution - Y).norm()*1.001
@@ -256,8 +334,10 @@ def test_without_trust_it_is_the_repair_of_the_own_trajectory():
 def test_targets_are_mixed_linearly():
     m, w = tiny_model('llama'), windows(16)
     s = [s for s in walk(m, w) if s.part == 'mlp'][1]
-    Y = [torch.randn_like(y) for y in s.outputs(m)]
-    a, b, c = (second_level(m, s, Y, s.gram(), .1, trust=t) for t in (0., .5, 1.))
+    c = next(c for c in couplings(m, 'mlp_channel') if c.layer == s.layer)
+    v = Visit(Context(InMemory(m), w, .2), c, s, [torch.randn_like(y) for y in s.outputs(m)])
+    every, ridge = torch.arange(c.n_units), Ridge(.1)
+    a, b, c = (v.aimed(every, ridge, t) for t in (0., .5, 1.))
     assert torch.allclose(b, (a + c)/2, atol=1e-5) and not torch.allclose(a, c, atol=1e-2)
 
 

@@ -10,8 +10,10 @@ from helpers import tiny_model as shared_model
 from hypothesis import given, strategies as st
 from prunebook.couplings import slice_units, weight_of
 from prunebook.curvature import curvature, optimal_removal
-from prunebook.elements import (element_costs, element_products, elements_work, keep_strongest, one_threshold, prune_elements, refit_kept, remove_in_chunks, remove_together, ridged, same_share,
-                                sparsify_elements, sparsify_shots, split_weights)
+from prunebook.elements import (_element_products, _one_threshold, _remove_in_chunks, _remove_together,
+                                _ridged, _same_share, _split_weights, element_costs, elements_work,
+                                keep_strongest, prune_elements, refit_kept, sparsify_elements, sparsify_shots)
+from prunebook.methods import Run
 from prunebook.models import TINY, decoder_linears
 from prunebook.scores import sparsify, wanda_mask, with_bias, zeros_among
 from prunebook.text import Windows
@@ -48,7 +50,7 @@ def problem(rows, columns, seed=0):
 @pytest.mark.parametrize('damp,damp_g', [(0, 0), (.1, .3)])
 def test_costs_are_the_minimum_over_all_other_weights(damp, damp_g):
     W, A, G = problem(3, 5)
-    F = torch.kron(ridged(G, damp_g), ridged(A, damp))
+    F = torch.kron(_ridged(G, damp_g), _ridged(A, damp))
     expected = torch.stack([optimal_removal(F, W.flatten(), torch.tensor([i]))[1] for i in range(15)]).view(3, 5)
     assert torch.allclose(element_costs(W, A, G, damp, damp_g), expected, rtol=1e-6)
 
@@ -96,7 +98,7 @@ def test_groups_lose_their_weakest():
 @given(st.lists(st.integers(1, 10**7), min_size=1, max_size=9), st.floats(0, .99))
 def test_same_share_is_exact_in_sum(sizes, sparsity):
     sizes = {str(i): s for i, s in enumerate(sizes)}
-    counts = same_share(sizes, sparsity)
+    counts = _same_share(sizes, sparsity)
     assert sum(counts.values()) == math.ceil(sparsity*sum(sizes.values()) - 1e-6)
     assert all(abs(counts[n] - sparsity*s) <= 1 + 1e-6 for n, s in sizes.items())
 
@@ -107,7 +109,7 @@ def test_one_threshold_takes_the_cheapest_of_all(sizes, share, ties):
     costs = {str(i): torch.rand(s, generator=draw) for i, s in enumerate(sizes)}
     if ties: costs = {n: (2*c).round() for n, c in costs.items()}
     gone = int(share*sum(sizes))
-    counts = one_threshold(costs, gone)
+    counts = _one_threshold(costs, gone)
     assert sum(counts.values()) == gone
     taken = torch.cat([c.sort().values[:counts[n]] for n, c in costs.items()])
     assert torch.equal(taken.sort().values, torch.cat(list(costs.values())).sort().values[:gone])
@@ -121,9 +123,9 @@ def test_joint_updates_are_the_dense_optimum(seed):
     keep = keep_strongest(element_costs(W, A, G, 0, 0), .6)
     change, cost = optimal_removal(torch.kron(G, A), W.flatten(), (~keep).flatten().nonzero()[:, 0])
     expected = W + change.view(4, 6)
-    exact = remove_together(W, torch.linalg.inv(A), torch.linalg.inv(G), *(~keep).nonzero().T)
+    exact = _remove_together(W, torch.linalg.inv(A), torch.linalg.inv(G), *(~keep).nonzero().T)
     assert torch.allclose(exact, expected, atol=1e-6) and torch.equal(exact != 0, keep)
-    assert torch.allclose(remove_in_chunks(W, A, G, keep, 99, 0, 0), expected, atol=1e-6)
+    assert torch.allclose(_remove_in_chunks(W, A, G, keep, 99, 0, 0), expected, atol=1e-6)
     assert torch.allclose(refit_kept(W, W, keep, A, G, 60), expected, atol=1e-4)
     assert rise(expected, W, A, G) == pytest.approx(cost.item(), rel=1e-6)
 
@@ -188,7 +190,7 @@ def test_without_gradients_rows_are_least_squares():
 def test_smaller_chunks_are_not_better():
     W, A, G = problem(8, 12)
     keep = keep_strongest(element_costs(W, A, G, 0, 0), .5)
-    rises = [rise(remove_in_chunks(W, A, G, keep, s, 0, 0), W, A, G) for s in (1, 4, 48)]
+    rises = [rise(_remove_in_chunks(W, A, G, keep, s, 0, 0), W, A, G) for s in (1, 4, 48)]
     assert rises[2] < rises[1] and rises[2] < rises[0]
 
 
@@ -216,7 +218,7 @@ def test_patterns_hold_and_the_search_pays(pattern, gradients):
     W, A, G = problem(12, 16)
     G = G if gradients else None
     V, plain = prune_elements(W, A, G, **pattern), prune_elements(W, A, G, **pattern, steps=0, iterations=0)
-    metric = (ridged(A, .01), torch.eye(12).double() if G is None else ridged(G, .1))
+    metric = (_ridged(A, .01), torch.eye(12).double() if G is None else _ridged(G, .1))
     for M in (V, plain):
         if 'm' in pattern: assert ((M != 0).view(12, -1, pattern['m']).sum(-1) == pattern['n']).all()
         else: assert (M == 0).sum() == math.ceil(pattern['sparsity']*192 - 1e-6)
@@ -244,7 +246,7 @@ def test_dtype_and_nothing_to_do():
         V = prune_elements(W.to(dtype), A.float(), G.float(), .5)
         assert V.dtype == dtype and (V == 0).sum() == 16
     assert prune_elements(W, A, G, 0.) is W and prune_elements(W, A, G, n=4, m=4) is W
-    V, keep = split_weights(W, A, G, lambda S: torch.ones_like(S, dtype=bool), 30)
+    V, keep = _split_weights(W, A, G, lambda S: torch.ones_like(S, dtype=bool), 30)
     assert keep.all() and torch.allclose(V, W, atol=.1*W.abs().max())
 
 
@@ -293,7 +295,8 @@ def test_every_matrix_is_pruned_on_the_inputs_it_will_see(family):
 def test_batches_do_not_matter():
     m, w = tiny_model('qwen2'), windows()
     a, b = copy.deepcopy(m), copy.deepcopy(m)
-    sparsify_elements(a, w, n=2, m=4); sparsify_elements(b, w, n=2, m=4, batch_size=2)
+    sparsify_elements(a, w, n=2, m=4)
+    sparsify_elements(b, w, n=2, m=4, run=Run(batch_size=2))
     assert (logits(a) - logits(b)).norm() < .02*logits(m).norm()
 
 
@@ -322,7 +325,8 @@ def test_shots_on_every_family(family, pattern):
 def test_chunks_of_everything_are_the_joint_update():
     m, w = tiny_model('llama'), windows()
     a, b = copy.deepcopy(m), copy.deepcopy(m)
-    sparsify_shots(a, w, .2, shots=1, iterations=300); sparsify_shots(b, w, .2, shots=1, update='chunks', size=10**6)
+    sparsify_shots(a, w, .2, shots=1, iterations=300)
+    sparsify_shots(b, w, .2, shots=1, restore='chunks', size=10**6)
     for n, l in decoder_linears(a).items():
         other = b.get_submodule(n)
         assert torch.equal(l.weight == 0, other.weight == 0) and torch.allclose(l.weight, other.weight, atol=.03*l.weight.abs().max().item())
@@ -340,7 +344,7 @@ def test_refusals_before_any_work(f, bad, message):
 
 @pytest.mark.parametrize('f,bad,message', [(sparsify_elements, dict(allocation='global'), 'needs factors'), (sparsify_elements, dict(allocation='fair'), 'allocation is'),
                                            (sparsify_elements, dict(factors={}), 'nothing that fits'),
-                                           (sparsify_shots, dict(shots=0), 'shots is'), (sparsify_shots, dict(update='magic'), 'Unknown update')])
+                                           (sparsify_shots, dict(shots=0), 'shots is'), (sparsify_shots, dict(restore='magic'), "restore is 'magic'")])
 def test_other_refusals(f, bad, message):
     m = tiny_model('llama')
     state = snapshot(m)
@@ -355,7 +359,7 @@ def test_other_refusals(f, bad, message):
 def test_products_of_one_matrix(shape, gradients):
     W, A, G = problem(*shape)
     with FlopCounterMode(display=False) as counter: prune_elements(W.float(), A.float(), G.float() if gradients else None, .5)
-    assert .9 < element_products(*shape, gradients)/counter.get_total_flops() < 1.1
+    assert .9 < _element_products(*shape, gradients)/counter.get_total_flops() < 1.1
 
 
 @pytest.mark.parametrize('gradients', [0, 256])

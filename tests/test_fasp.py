@@ -283,7 +283,6 @@ def nan(m): list(decoder_linears(m).values())[-1].weight.data[0, 0] = float('nan
     (None, dict(method=FASP(units=('neuron',))), "Unknown kind of unit 'neuron'"),
     (None, dict(method=FASP(units=('kv_group', 'value_channel'))), 'overlap'),
     (None, dict(method=FASP(units=())), 'cannot be reached with no units'),
-    (None, dict(method=FASP(towards='hope')), "towards is 'hope'"),
     (lambda m: m.train(), {}, r'model\.eval')])
 def test_what_is_refused(inplace, change, call, message):
     m = tiny_model('llama')
@@ -296,6 +295,10 @@ def test_what_is_refused(inplace, change, call, message):
 @pytest.mark.parametrize('batch_size', [0, -1])
 def test_a_batch_has_at_least_one_window(batch_size):
     with pytest.raises(ValueError, match='(?i)batch'): prune(tiny_model('llama'), windows(2, 16), FASP(), .2, run=Run(batch_size=batch_size))
+
+
+def test_settings_are_checked_where_they_are_given():
+    with pytest.raises(ValueError, match="towards is 'hope'"): FASP(towards='hope')
 
 
 def test_an_unknown_setting_and_empty_windows():

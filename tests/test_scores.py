@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import tiny_model
+from prunebook import methods
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
 from prunebook.fasp import FASP
 from prunebook.methods import METHODS, MODULES, Method, Run, as_method
@@ -13,8 +14,9 @@ from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.plan import PrunePlan
 from prunebook.repair import Ridge
 from prunebook.save import fits_stock_class, load_pruned, save_pruned
-from prunebook.scores import (FLAP, Magnitude, Random, Taylor, WandaSp, channel_moments, constant_weights, fluctuation, loss_gradients, sparsify,
-                              standard_scores, unit_sums, wanda_mask, weight_times_gradient, with_bias)
+from prunebook.scores import (FLAP, Magnitude, Random, Taylor, WandaSp, _constant_weights, _loss_gradients,
+                              _standard_scores, _unit_sums, _weight_times_gradient, channel_moments,
+                              fluctuation, sparsify, wanda_mask, with_bias)
 from prunebook.sources import InMemory
 from prunebook.stream import Context, visits
 from prunebook.text import Windows
@@ -402,18 +404,36 @@ def test_standard_scores_have_mean_zero():
     m = tiny_model('llama')
     for c in couplings(m, BOTH):
         s = torch.rand(c.second[1].numel(), generator=torch.Generator().manual_seed(0)).double()
-        z = standard_scores(c, s)
-        assert z.mean().item() == pytest.approx(0, abs=1e-12) and torch.allclose(z, standard_scores(c, 7*s + 3))
-    assert torch.equal(standard_scores(c, torch.ones(37).double()), torch.zeros(37).double())  # no spread: all equal
+        z = _standard_scores(c, s)
+        assert z.mean().item() == pytest.approx(0, abs=1e-12) and torch.allclose(z, _standard_scores(c, 7*s + 3))
+    assert torch.equal(_standard_scores(c, torch.ones(37).double()), torch.zeros(37).double())  # no spread: all equal
 
 
 @pytest.mark.parametrize('n', [6, 40])
 def test_weights_of_a_constant(n):
     X = torch.randn(n, 5, generator=torch.Generator().manual_seed(0)).double() + torch.tensor([0, 0, 1, 3, 0.])
-    v = constant_weights(X.T @ X, X.sum(0), Ridge(0))
+    v = _constant_weights(X.T @ X, X.sum(0), Ridge(0))
     residual = 1 - X @ v
     assert torch.allclose(X.T @ residual, torch.zeros(5).double(), atol=1e-8) and 0 < (X @ v).mean() <= 1 + 1e-12
-    assert constant_weights(X.T @ X, X.sum(0), Ridge(1e9)).abs().max() < 1e-6                 # much damping: no compensation
+    assert _constant_weights(X.T @ X, X.sum(0), Ridge(1e9)).abs().max() < 1e-6                 # much damping: no compensation
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_parts_of_methods_can_be_mixed(family, monkeypatch):
+    "Score and repair of FASP, shares of FLAP: the counts are FLAP's, the units and weights those of FASP with these counts."
+    monkeypatch.setattr(methods, 'METHODS', dict(METHODS))
+    class Mixture(FLAP):
+        name = 'mixture'
+        score = FASP.score
+        repair = FASP.repair
+    dense, w = tiny_model(family), windows(12, 16)
+    small, plan = prune(dense, w, Mixture(units=MLP, damp=.01), .25)
+    shares = prune(dense, w, FLAP(units=MLP), .25)[1]
+    counts = {n: len(k) for n, k in shares.kept.items()}
+    assert {n: len(k) for n, k in plan.kept.items()} == counts and len(set(counts.values())) > 1
+    monkeypatch.setattr(FASP, 'allocate', lambda self, ctx: {n: 37 - k for n, k in counts.items()})
+    again, oracle = prune(dense, w, FASP(damp=.01), .25)
+    assert plan.kept == oracle.kept != shares.kept and plan.scores == oracle.scores and same(small, snapshot(again))
 
 
 # ---- Taylor ---------------------------------------------------------------------------------------------------------
@@ -427,7 +447,7 @@ def test_gradients_are_those_of_the_mean_loss(family):
     parameters = list(m.get_submodule(anatomy(m)[1].out).parameters())
     expected = torch.autograd.grad(loss(m, w), parameters)
     for size in (1, 2, 5):
-        for g, e in zip(loss_gradients(m, w, parameters, size), expected): assert g.dtype == torch.float32 and close(g, e, 1e-3)
+        for g, e in zip(_loss_gradients(m, w, parameters, size), expected): assert g.dtype == torch.float32 and close(g, e, 1e-3)
 
 
 @pytest.mark.parametrize('family', ['llama', 'opt', 'gpt2', 'qwen2'])
@@ -453,7 +473,7 @@ def test_taylor_by_finite_differences(family):
 def test_vectorized_taylor_keeps_signs_inside_a_row(family):
     m, w = tiny_model(family), windows(2, 8)
     for c in couplings(m, BOTH)[:2]:
-        P = weight_times_gradient(m, w, [n for n in decoder_linears(m)])
+        P = _weight_times_gradient(m, w, [n for n in decoder_linears(m)])
         row = lambda n, r: P[n][r].sum().abs().item()
         u = c.n_units - 1
         expected = sum(row(n, r) for n, t in c.firsts for r in t[u]) + sum(P[c.second[0]][:, k].sum().abs().item() for k in c.second[1][u])
@@ -475,7 +495,7 @@ def test_flags_and_gradients_are_left_alone():
     flags = [p.requires_grad for p in m.parameters()]
     with torch.no_grad(): prune(m, windows(), Taylor(), .2)
     assert [p.requires_grad for p in m.parameters()] == flags and all(p.grad is None for p in m.parameters())
-    with pytest.raises(RuntimeError): loss_gradients(m, windows(), [torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(RuntimeError): _loss_gradients(m, windows(), [torch.nn.Parameter(torch.ones(1))])
     assert [p.requires_grad for p in m.parameters()] == flags
 
 
@@ -484,7 +504,7 @@ def test_unit_sums_count_every_weight_once():
         m = tiny_model(family)
         c = couplings(m, kind)[0]
         ones = {n: torch.ones_like(with_bias(l)) for n, l in decoder_linears(m).items()}
-        assert unit_sums(c, ones).tolist() == [c.cost]*c.n_units
+        assert _unit_sums(c, ones).tolist() == [c.cost]*c.n_units
 
 
 def test_only_what_is_needed_is_run():

@@ -13,8 +13,11 @@ from prunebook.methods import Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import restore_columns
-from prunebook.surgeon import (CRITERIA, Surgeon, adapt_to_loss, correct, dead_units, drop_dead, living, living_inverses, load_state, loss_slopes, low_rank_step, remove_rows, remove_structures, row_costs,
-                               save_state, set_weight, structure_costs, structured_threshold, unit_costs, with_bias, zero_share, zero_structures)
+from prunebook.surgeon import (Surgeon, _CRITERIA, _adapt_to_loss, _correct, _dead_units, _living, _load_state,
+                               _loss_slopes, _low_rank_step, _save_state, _structure_costs,
+                               _structured_threshold, drop_dead, living_inverses, remove_rows,
+                               remove_structures, row_costs, set_weight, unit_costs, with_bias, zero_share,
+                               zero_structures)
 from prunebook.text import Windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -53,7 +56,7 @@ class Toy:
 
 
 SEEDS = st.integers(0, 10**6)
-def costs(W, A, G, cost, damp=.01): return structure_costs(W, A, G, cost, (damped_inverse(A, damp), damped_inverse(G, damp)))
+def costs(W, A, G, cost, damp=.01): return _structure_costs(W, A, G, cost, (damped_inverse(A, damp), damped_inverse(G, damp)))
 def adapted(W, factors, rows, columns): return remove_structures(W, living_inverses(W, factors), rows, columns)
 
 
@@ -143,7 +146,7 @@ def test_dead_rows_and_columns_are_free(seed):
     t.G[1] = t.G[:, 1] = 0                                 # no gradient
     t.A[2] = t.A[:, 2] = 0                                 # no input
     t.W[3] = 0
-    r, c = living(t.W, Factors(t.A, t.G))
+    r, c = _living(t.W, Factors(t.A, t.G))
     assert r.tolist() == [True, False, True, False, True] and c.tolist() == [True, True, False, True]
     found = adapted(t.W, Factors(t.A, t.G), torch.tensor([1, 3]), torch.tensor([2]))
     assert torch.allclose(found[[0, 2, 4]][:, [0, 1, 3]], t.W[[0, 2, 4]][:, [0, 1, 3]])       # nobody has to adapt
@@ -157,7 +160,7 @@ def test_threshold_counts_like_a_loop(seed, share):
     costs = {n: (torch.randint(0, 6, (R,), generator=gen).double(), torch.randint(0, 6, (C,), generator=gen).double()) for n, (R, C) in shapes.items()}
     everything, target = sum(R*C for R, C in shapes.values()), share*sum(R*C for R, C in shapes.values())
     def removed(chosen): return sum(len(r)*shapes[n][1] + len(c)*shapes[n][0] - len(r)*len(c) for n, (r, c) in chosen.items())
-    chosen = structured_threshold(costs, shapes, target)
+    chosen = _structured_threshold(costs, shapes, target)
     assert target <= removed(chosen) <= everything and removed(chosen) - target < 6
     worst = max(x[i].max() for n, pair in chosen.items() for x, i in zip(costs[n], pair) if len(i))
     for n, (R, C) in shapes.items():
@@ -218,7 +221,7 @@ def test_without_update_the_kept_weights_are_the_old_ones(family):
 
 def remove_units(model, coupling, kept, *more):
     "Let the rest adapt, then slice."
-    adapt_to_loss(model, coupling, kept, *more)
+    _adapt_to_loss(model, coupling, kept, *more)
     slice_units(model, {coupling.name: kept})
 
 
@@ -273,8 +276,9 @@ def test_dead_units_leave_first():
 def test_the_update_helps(family):
     "On what it was calibrated on, with many units gone, adapting keeps the logits nearer."
     dense, w = tiny_model(family), windows(24, 24)
-    off = {u: (logits(prune(dense, w, Surgeon(update=u), .3)[0], w) - logits(dense, w)).norm() for u in ('none', 'second')}
-    assert off['second'] < off['none']
+    small = {r: prune(dense, w, Surgeon(restore=r), .3)[0] for r in (True, False)}
+    off = {r: (logits(m, w) - logits(dense, w)).norm() for r, m in small.items()}
+    assert off[True] < off[False]
 
 
 def test_fresh_windows_are_shared_out(monkeypatch):
@@ -288,12 +292,13 @@ def test_fresh_windows_are_shared_out(monkeypatch):
 
 
 @pytest.mark.parametrize('options', [{}, dict(cost='tied', restore='tied')])
-def test_kept_inverses_change_nothing(options):
+def test_less_memory_changes_nothing(options):
     dense = tiny_model('llama')
-    one, two = (prune(dense, windows(), Surgeon(units=UNITS[2], shots=2, reuse=r, **options), .3) for r in (True, False))
+    method = Surgeon(units=UNITS[2], shots=2, **options)
+    one, two = (prune(dense, windows(), method, .3, run=Run(lean=lean)) for lean in (False, True))
     assert one[1].kept == two[1].kept and same(one[0], snapshot(two[0]))
     one, two = tiny_model('gpt2'), tiny_model('gpt2')
-    for m, r in ((one, True), (two, False)): zero_structures(m, windows(), .3, shots=2, reuse=r)
+    for m, lean in ((one, False), (two, True)): zero_structures(m, windows(), .3, shots=2, run=Run(lean=lean))
     assert same(one, snapshot(two))
 
 
@@ -315,7 +320,7 @@ def test_low_rank_step_is_the_best_of_its_rank(seed, rank):
     slope = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     G, A = t.damped(t.G, .1), t.damped(t.A, .1)
     def change(D): return ((slope*D).sum() + .5*(D*(G @ D @ A)).sum()).item()
-    D, gain = low_rank_step(slope, t.A, t.G, rank, .1)
+    D, gain = _low_rank_step(slope, t.A, t.G, rank, .1)
     assert torch.linalg.matrix_rank(D, rtol=1e-9) <= rank and change(D) == pytest.approx(-gain, rel=1e-6)
     newton = -torch.linalg.solve(torch.kron(G, A), slope.flatten()).view(5, 4)
     if rank == 4: assert torch.allclose(D, newton, rtol=1e-5, atol=1e-7)
@@ -335,7 +340,7 @@ def test_slopes_are_those_of_autograd(family):
     m, w = tiny_model(family), windows(5, 12)
     names = list(decoder_linears(m))
     flags = [p.requires_grad for p in m.parameters()]
-    with torch.no_grad(): loss, slopes = loss_slopes(m, w, names, 2)        # whatever the caller switched off
+    with torch.no_grad(): loss, slopes = _loss_slopes(m, w, names, 2)        # whatever the caller switched off
     assert [p.requires_grad for p in m.parameters()] == flags and all(p.grad is None for p in m.parameters())
     whole = torch.nn.functional.cross_entropy(m(w.ids[:, :-1]).logits.flatten(0, 1), w.ids[:, 1:].flatten())
     whole.backward()
@@ -352,9 +357,9 @@ def test_correction_lowers_the_loss_and_keeps_what_is_gone(family):
     zero_structures(m, w, .3, shots=2)
     zeros, shapes = {n: with_bias(x) == 0 for n, x in decoder_linears(m).items()}, [p.shape for p in m.parameters()]
     C = curvature(m, w)
-    before, after, length = correct(m, w, C, rank=2)
+    before, after, length = _correct(m, w, C, rank=2)
     assert after < before - 1e-3 and 0 < length <= 1
-    assert loss_slopes(m, w, list(C))[0] == pytest.approx(after, rel=1e-5) and [p.shape for p in m.parameters()] == shapes
+    assert _loss_slopes(m, w, list(C))[0] == pytest.approx(after, rel=1e-5) and [p.shape for p in m.parameters()] == shapes
     for n, x in decoder_linears(m).items():
         r, c = (~zeros[n]).any(1), (~zeros[n]).any(0)
         assert with_bias(x)[~r].count_nonzero() == 0 and with_bias(x)[:, ~c].count_nonzero() == 0
@@ -365,7 +370,7 @@ def test_correction_that_never_helps_changes_nothing(monkeypatch):
     C, state = curvature(m, w), snapshot(m)
     for loss in (torch.inf, torch.nan, 1e3):
         monkeypatch.setattr(module, 'window_losses', lambda *a: torch.tensor([loss]))
-        before, after, length = correct(m, w, C)
+        before, after, length = _correct(m, w, C)
         assert before == after and length == 0 and same(m, state)
 
 
@@ -404,15 +409,16 @@ def test_an_interrupted_run_goes_on(family, units, at, tmp_path, monkeypatch):
 
 
 def test_a_zeroing_run_goes_on(tmp_path, monkeypatch):
-    w, file = windows(), tmp_path/'new folder'/'run.pt'
+    w, run = windows(), Run(log=str(tmp_path/'new folder'/'run.pt'))
     whole = tiny_model('llama')
     share = zero_structures(whole, w, .3, shots=3)
     def stop(shot):
         if shot == 2: raise Stop
-    with pytest.raises(Stop): zero_structures(tiny_model('llama'), w, .3, shots=3, state=file, report=stop)
+    with pytest.raises(Stop): zero_structures(tiny_model('llama'), w, .3, shots=3, report=stop, run=run)
     again = tiny_model('llama')
     reports = []
-    assert zero_structures(again, w, .3, shots=3, state=file, report=reports.append) == share and same(again, snapshot(whole)) and reports == [3]
+    assert zero_structures(again, w, .3, shots=3, report=reports.append, run=run) == share
+    assert same(again, snapshot(whole)) and reports == [3]
 
 
 def test_a_foreign_state_is_refused(tmp_path):
@@ -422,25 +428,25 @@ def test_a_foreign_state_is_refused(tmp_path):
     for other, calibration, sparsity, word in [(dense, windows(seed=1), .1, 'calibration'), (dense, w, .2, 'sparsity'), (tiny_model('llama', seed=1), w, .1, 'model')]:
         with pytest.raises(ValueError, match=f'belongs to another run: {word} differ'): prune(other, calibration, Surgeon(shots=1), sparsity, run=Run(log=file))
     with pytest.raises(ValueError, match='damp differ'): prune(dense, w, Surgeon(shots=1, damp=.2), .1, run=Run(log=file))
-    with pytest.raises(ValueError, match='another run'): zero_structures(copy.deepcopy(dense), w, .1, state=file)
+    with pytest.raises(ValueError, match='another run'): zero_structures(copy.deepcopy(dense), w, .1, run=Run(log=file))
     assert open(file, 'rb').read() == before
     (tmp_path/'junk').write_text('junk')
     with pytest.raises(ValueError, match='not a state'): prune(dense, w, Surgeon(shots=1), .1, run=Run(log=str(tmp_path/'junk')))
-    assert load_state(None, {}) is None and load_state(tmp_path/'none', {}) is None
+    assert _load_state(None, {}) is None and _load_state(tmp_path/'none', {}) is None
 
 
 def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
     m, file = tiny_model('llama'), tmp_path/'run.pt'
-    save_state(file, dict(run=1), m, done=1)
+    _save_state(file, dict(run=1), m, done=1)
     def broken(obj, f): f.write(b'half'); raise OSError('disk full')
     monkeypatch.setattr(torch, 'save', broken)
-    with pytest.raises(OSError): save_state(file, dict(run=1), m, done=2)
-    assert load_state(file, dict(run=1))['done'] == 1 and [p.name for p in tmp_path.iterdir()] == ['run.pt']
+    with pytest.raises(OSError): _save_state(file, dict(run=1), m, done=2)
+    assert _load_state(file, dict(run=1))['done'] == 1 and [p.name for p in tmp_path.iterdir()] == ['run.pt']
 
 
 # ---- as published ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('criterion', CRITERIA)
+@pytest.mark.parametrize('criterion', _CRITERIA)
 @pytest.mark.parametrize('family', TINY)
 def test_zeroed_structures(family, criterion):
     m = tiny_model(family)
@@ -460,11 +466,11 @@ def test_what_is_dead_can_be_sliced_off(family):
     m = tiny_model(family)
     zero_structures(m, windows(3), .5, shots=3)
     before, n = logits(m), total(m)
-    gone = {c.name: int(dead_units(m, c).sum()) for c in couplings(m, ('value_channel', 'mlp_channel'))}
+    gone = {c.name: int(_dead_units(m, c).sum()) for c in couplings(m, ('value_channel', 'mlp_channel'))}
     kept = drop_dead(m)
     assert torch.allclose(logits(m), before, atol=1e-4*before.abs().max().item())
     assert sum(gone.values()) > 0 and (total(m) < n) == any(len(k) < c for k, c in zip(kept.values(), [len(k) + gone[n] for n, k in kept.items()]) if c)
-    assert all(not dead_units(m, c).any() for c in couplings(m, 'mlp_channel'))
+    assert all(not _dead_units(m, c).any() for c in couplings(m, 'mlp_channel'))
 
 
 def test_coupled_structures_die_together_over_shots():
