@@ -828,7 +828,7 @@ def before_work(self:Bonsai, job):
     rounds = math.ceil(job.sparsity/self.step - 1e-9)
     prior = cost.Work() if self.prior == 'random' else cost.walking(job, visit=self._prior_work)
     losses = cost.Work() if self.estimator == 'prior' else self._losses_work(job, job.sparsity/rounds)
-    copied = cost.weight_bytes(job.model) if self.restore else 0
+    copied = cost.weights(job.model) if self.restore else 0
     return (cost.hold(copied) + (prior + losses)*rounds)*1
 
 @patch

@@ -7,7 +7,7 @@ __all__ = ['head_distances', 'removal_order', 'Depth2', 'block_errors']
 
 # %% ../nbs/30_depth2.ipynb #89e7bc06
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 import math, torch
 from fastcore.basics import patch
@@ -472,8 +472,9 @@ def _first_work(self:Depth2, job, p):
 def before_work(self:Depth2, job):
     "Attention maps where heads are compared; a walk over random tokens where they give the moments."
     total = cost.Work()
-    if self.heads == 'similarity' and any(_whole_heads([c.kind]) for c in job.table):
-        some = replace(job, tokens=min(self.map_windows, job.windows)*job.seqlen, run=replace(job.run, batch_size=min(4, job.run.batch_size)))
+    if self.heads == 'similarity' and _whole_heads(self.units):
+        few = replace(job.run, batch_size=min(4, job.run.batch_size))
+        some = replace(job, tokens=min(self.map_windows, job.windows)*job.seqlen, run=few)
         maps = some.batch*min(128, job.seqlen)*max(p.block.heads for p in job.places)        # probabilities of some rows
         total += cost.walking(some) + cost.brief(28*maps)            # in float32, and three times in float64
     if self.sigma == 'random': total += cost.walking(job, Needs(firsts=True), lambda job, p, level: cost.gram(job, job.d)*1 if level == 'first' else cost.Work())

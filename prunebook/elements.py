@@ -254,6 +254,26 @@ def _moments(stage):
     tokens = C.new_full((1, 1), sum(len(x) for x in X))
     return torch.cat([torch.cat([C, total], 1), torch.cat([total.T, tokens], 1)])/tokens
 
+# %% ../nbs/51_elements.ipynb #e27ac399
+def _counts(linears, sparsity, factors, allocation, damp, damp_g):
+    "How many weights leave each linear."
+    sizes = {n: weight_of(l).numel() for n, l in linears.items()}
+    if allocation == 'uniform': return _same_share(sizes, sparsity)
+    if allocation != 'global': raise ValueError(f'allocation is {allocation!r}; it is "uniform" or "global".')
+    if factors is None:
+        raise ValueError('A global allocation compares costs, which needs factors=curvature(model, windows).')
+    gone = math.ceil(sparsity*sum(sizes.values()) - 1e-6)
+    return _one_threshold(_all_costs(linears, factors, damp, damp_g), gone)
+
+def _all_costs(linears, factors, damp, damp_g):
+    "Cost of each weight of each linear, float32, biases left out; by name."
+    costs = {}
+    for n, l in linears.items():
+        A, G = factors[n].A.to(l.weight.device), factors[n].G.to(l.weight.device)
+        c = element_costs(with_bias(l), A, G, damp, damp_g)
+        costs[n] = c[:, :weight_of(l).shape[1]].float().cpu()
+    return costs
+
 # %% ../nbs/51_elements.ipynb #3c3a7a09
 @torch.no_grad()
 def sparsify_elements(
@@ -295,25 +315,25 @@ def _check_factors(linears, factors):
             raise ValueError(f'factors has nothing that fits {k!r}; '
                              'compute them with curvature(model, windows).')
 
-# %% ../nbs/51_elements.ipynb #e27ac399
-def _counts(linears, sparsity, factors, allocation, damp, damp_g):
-    "How many weights leave each linear."
-    sizes = {n: weight_of(l).numel() for n, l in linears.items()}
-    if allocation == 'uniform': return _same_share(sizes, sparsity)
-    if allocation != 'global': raise ValueError(f'allocation is {allocation!r}; it is "uniform" or "global".')
-    if factors is None:
-        raise ValueError('A global allocation compares costs, which needs factors=curvature(model, windows).')
-    gone = math.ceil(sparsity*sum(sizes.values()) - 1e-6)
-    return _one_threshold(_all_costs(linears, factors, damp, damp_g), gone)
+# %% ../nbs/51_elements.ipynb #2152d029
+def _kept_of_shot(
+    costs, # cost of each weight, by name of its linear
+    gone, # zeros after this shot
+    n=None, # weights that stay
+    m=None, # of so many consecutive ones; None anywhere
+):
+    "Which weights stay, by name: all but the cheapest; of each group of m, n stay whatever they cost."
+    if m is not None:
+        costs = {k: c.masked_fill(keep_strongest(c, n=n, m=m), math.inf) for k, c in costs.items()}
+    counts = _one_threshold(costs, gone)
+    return {k: keep_strongest(c, gone=counts[k]) for k, c in costs.items()}
 
-def _all_costs(linears, factors, damp, damp_g):
-    "Cost of each weight of each linear, float32, biases left out; by name."
-    costs = {}
-    for n, l in linears.items():
-        A, G = factors[n].A.to(l.weight.device), factors[n].G.to(l.weight.device)
-        c = element_costs(with_bias(l), A, G, damp, damp_g)
-        costs[n] = c[:, :weight_of(l).shape[1]].float().cpu()
-    return costs
+def _adapted(W, f, keep, restore, size, damp, damp_g, iterations):
+    "Weights after one shot."
+    A, G = f.A.to(W.device), f.G.to(W.device)
+    if restore is False: return W*keep
+    if restore == 'chunks': return _remove_in_chunks(W, A, G, keep, size, damp, damp_g)
+    return refit_kept(W.float(), W.float(), keep, _ridged(A, damp), _ridged(G, damp_g), iterations)
 
 # %% ../nbs/51_elements.ipynb #42ada7cc
 def sparsify_shots(
@@ -351,26 +371,6 @@ def sparsify_shots(
         if report: report(i + 1)
     return zeros_among(linears)
 
-# %% ../nbs/51_elements.ipynb #2152d029
-def _kept_of_shot(
-    costs, # cost of each weight, by name of its linear
-    gone, # zeros after this shot
-    n=None, # weights that stay
-    m=None, # of so many consecutive ones; None anywhere
-):
-    "Which weights stay, by name: all but the cheapest; of each group of m, n stay whatever they cost."
-    if m is not None:
-        costs = {k: c.masked_fill(keep_strongest(c, n=n, m=m), math.inf) for k, c in costs.items()}
-    counts = _one_threshold(costs, gone)
-    return {k: keep_strongest(c, gone=counts[k]) for k, c in costs.items()}
-
-def _adapted(W, f, keep, restore, size, damp, damp_g, iterations):
-    "Weights after one shot."
-    A, G = f.A.to(W.device), f.G.to(W.device)
-    if restore is False: return W*keep
-    if restore == 'chunks': return _remove_in_chunks(W, A, G, keep, size, damp, damp_g)
-    return refit_kept(W.float(), W.float(), keep, _ridged(A, damp), _ridged(G, damp_g), iterations)
-
 # %% ../nbs/51_elements.ipynb #6a415f24
 def _element_products(
     rows, # outputs of a matrix
@@ -392,16 +392,23 @@ def elements_work(
     steps=20, # of the splitting
     iterations=10, # of conjugate gradients
 ):
-    "Estimated bytes and floating point operations of `sparsify_elements`: dict with `bytes`, `forward_flops`, `flops`."
-    linears, d, job = decoder_linears(model), model.config.hidden_size, cost.Job(model, Method(), tokens)
-    shapes, names = [tuple(weight_of(l).shape) for l in linears.values()], list(linears)
-    read = {n: weight_of(linears[n]).shape[1] for n in input_leaders(model, names).values()}
-    forward = 2*sum(r*c for r, c in shapes)*tokens
-    flops = forward + sum(1.25*c**2*tokens for c in read.values()) + sum(_element_products(r, c, gradients > 0, steps, iterations) for r, c in shapes)
+    "Estimated bytes and operations of `sparsify_elements`: dict with `bytes`, `forward_flops`, `flops`."
+    linears = decoder_linears(model)
+    names = list(linears)
+    shapes = [tuple(weight_of(l).shape) for l in linears.values()]
+    read = [weight_of(linears[n]).shape[1] for n in set(input_leaders(model, names).values())]
+    job = cost.Job(model, Method(), tokens)
     width = max(p.f for p in job.places)
     waits = 2*cost.states(job) + cost.inputs(job, width)
-    memory = n_parameters([model])*model.dtype.itemsize + waits + 24*width**2 + 40*max(r*c for r, c in shapes)
+    weights = n_parameters([model])*model.dtype.itemsize
+    memory = weights + waits + 24*width**2 + 40*max(r*c for r, c in shapes)
+    forward = 2*sum(r*c for r, c in shapes)*tokens
+    moments = sum(1.25*c**2*tokens for c in read)
+    products = sum(_element_products(r, c, gradients > 0, steps, iterations) for r, c in shapes)
+    flops = forward + moments + products
     if gradients:
-        flops += 2*forward*gradients/tokens + 4*model.config.vocab_size*d*gradients + sum(1.25*n**2*gradients for n in factor_rows(model, names).values())
+        head = 4*model.config.vocab_size*model.config.hidden_size*gradients
+        sums = sum(1.25*n**2*gradients for n in factor_rows(model, names).values())
+        flops += 2*forward*gradients/tokens + head + sums
         memory += curvature_bytes(model, names)
     return dict(bytes=memory, forward_flops=forward, flops=flops)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Work', 'hold', 'brief', 'Job', 'Place', 'counted_work', 'counted_bytes', 'linear', 'attention', 'first_rows',
            'forward', 'forward_blocks', 'head', 'activations', 'states', 'inputs', 'gram', 'cross', 'solve', 'inverse',
-           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'checks', 'estimate']
+           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'checks', 'estimate']
 
-# %% ../nbs/09_estimate.ipynb #ab886f12
+# %% ../nbs/09_estimate.ipynb #66527f54
 import math, weakref
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,13 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .couplings import anatomy, weight_of
-from .evaluate import weight_bytes
 from .methods import Method, Needs, Run, as_method
 from .models import decoder_linears, n_parameters
 from .plan import uniform_steps
 from .repair import WEAK_RIDGE
 
-# %% ../nbs/09_estimate.ipynb #51fee43e
+# %% ../nbs/09_estimate.ipynb #49eb7b98
 @dataclass(frozen=True)
 class Work:
     "What something costs; `a + b` is one after the other, `a*n` is n times with nothing kept."
@@ -51,7 +50,7 @@ def brief(
     "So many bytes for a moment."
     return Work(0, n)
 
-# %% ../nbs/09_estimate.ipynb #b410e8ee
+# %% ../nbs/09_estimate.ipynb #4afbd02f
 @dataclass
 class Job:
     "A run that is estimated; only shapes are looked at."
@@ -80,7 +79,7 @@ class Job:
     @cached_property
     def places(self): return list(_places(self))
 
-# %% ../nbs/09_estimate.ipynb #1b54261a
+# %% ../nbs/09_estimate.ipynb #327e1a98
 @dataclass(frozen=True)
 class Place:
     "A second linear that the stream comes to."
@@ -100,7 +99,7 @@ def _places(job):
             gone = 0 if c is None else steps.get(c.name, 0)*c.groups*c.second[1].shape[1]
             yield Place(b, part, c, f, f - gone)
 
-# %% ../nbs/09_estimate.ipynb #fd266b14
+# %% ../nbs/09_estimate.ipynb #a127d4ae
 def _cholesky(A, *args, **kw): return math.prod(A[:-1])*A[-1]**2/3
 def _from_cholesky(A, *args, **kw): return 2*A[-1]**3/3
 def _inverse(A, *args, **kw): return 2*math.prod(A[:-1])*A[-1]**2
@@ -120,7 +119,7 @@ def counted_work(
     with sdpa_kernel(SDPBackend.MATH), counter: run()
     return counter.get_total_flops()
 
-# %% ../nbs/09_estimate.ipynb #5a4aa3d8
+# %% ../nbs/09_estimate.ipynb #3787817e
 class _Live(TorchDispatchMode):
     "Counts the bytes of tensors that live."
     def __init__(self):
@@ -156,7 +155,7 @@ def counted_bytes(
     with live: run()
     return live.most
 
-# %% ../nbs/09_estimate.ipynb #b04aea50
+# %% ../nbs/09_estimate.ipynb #e954ad39
 def linear(
     rows, # outputs
     columns, # inputs
@@ -173,7 +172,7 @@ def attention(
     "Scores and weighted sums."
     return linear(block.heads, block.head_dim + block.value_dim, tokens*seqlen)
 
-# %% ../nbs/09_estimate.ipynb #0b7d624a
+# %% ../nbs/09_estimate.ipynb #f80fdddd
 def first_rows(
     job, # a `Job`
     p, # a `Place`
@@ -208,7 +207,7 @@ def head(
     "The output layer."
     return linear(job.vocabulary, job.d, tokens)
 
-# %% ../nbs/09_estimate.ipynb #e4ae0649
+# %% ../nbs/09_estimate.ipynb #1bb58983
 def activations(
     job, # a `Job`
     p, # a `Place`
@@ -219,7 +218,7 @@ def activations(
     wide = 2*b.heads*b.head_dim + 2*b.kv_heads*(b.head_dim + b.value_dim) if p.part == 'attention' else first_rows(job, p)
     return brief((wide + 3*job.d)*job.size*tokens)
 
-# %% ../nbs/09_estimate.ipynb #c6178e12
+# %% ../nbs/09_estimate.ipynb #97f9dd08
 def states(
     job, # a `Job`
 ):
@@ -233,7 +232,7 @@ def inputs(
     "Bytes of the inputs of a second linear."
     return job.tokens*columns*job.size
 
-# %% ../nbs/09_estimate.ipynb #2922d191
+# %% ../nbs/09_estimate.ipynb #1925aa2e
 def gram(
     job, # a `Job`
     f, # columns
@@ -256,7 +255,7 @@ def cross(
     converted = 0 if job.size == 4 else 4*job.batch*(m + k)
     return hold(4*m*k) + linear(m, k, job.tokens) + brief(converted + 4*m*k)
 
-# %% ../nbs/09_estimate.ipynb #01a2d500
+# %% ../nbs/09_estimate.ipynb #2fcfdaa1
 def solve(
     m, # rows of the matrix
     k, # right sides
@@ -300,7 +299,7 @@ def aimed(
     total += hold(4*m*m + job.size*m*d)                    # kept rows and columns, and the old weight
     return total + brief(4*m*p.f) + solve(m, d, 4 if job.ridge.towards == 'weights' else 3)
 
-# %% ../nbs/09_estimate.ipynb #b4c97459
+# %% ../nbs/09_estimate.ipynb #0601f91f
 def kept_activations(
     job, # a `Job`
     tokens, # tokens at the same time
@@ -333,7 +332,7 @@ def backward(
     each = 12 + max(4, 2*job.size) if weights else 12      # bytes for each logit: logarithm and gradients
     return passes + heads + gradients + head(job, tokens)*2 + brief(kept + each*batch*job.vocabulary)
 
-# %% ../nbs/09_estimate.ipynb #17b8def9
+# %% ../nbs/09_estimate.ipynb #a947c242
 class Held:
     "What is held at the same time, while works are done one after the other."
     def __init__(self): self.flops, self.most, self.bytes = 0, 0, {}
@@ -356,7 +355,7 @@ class Held:
     @property
     def work(self): return Work(self.flops, self.most)
 
-# %% ../nbs/09_estimate.ipynb #b169292a
+# %% ../nbs/09_estimate.ipynb #0de4bb22
 class _Walk:
     "One stream over all blocks."
     def __init__(self, job, needs, visit):
@@ -419,7 +418,7 @@ class _Walk:
         self.held.do(Work(), after=self.S)
         self.held.free('after', 'attention', 'attention_out')
 
-# %% ../nbs/09_estimate.ipynb #fa559532
+# %% ../nbs/09_estimate.ipynb #8470020a
 def walking(
     job, # a `Job`
     needs=Needs(), # what must be there at a visit
@@ -429,7 +428,7 @@ def walking(
     if needs.text: return _Walk(job, needs, visit).run()
     return sum((visit(job, p, 'second') for p in job.places if p.coupling is not None), Work())
 
-# %% ../nbs/09_estimate.ipynb #60a8d909
+# %% ../nbs/09_estimate.ipynb #b0a92f91
 @patch
 def visit_work(self:Method,
     job, # a `Job`
@@ -446,7 +445,13 @@ def before_work(self:Method,
     "`Work` of what comes before the stream."
     return Work()
 
-# %% ../nbs/09_estimate.ipynb #2620888e
+# %% ../nbs/09_estimate.ipynb #b1f5c06f
+def weights(
+    model, # a causal language model; may be on the meta device
+):
+    "Bytes of its weights and buffers."
+    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
 def checks(
     job, # a `Job`
 ):
@@ -465,7 +470,7 @@ def estimate(
     "Estimated `bytes` of tensors at the widest point, with the model; `flops`; `forward_flops` of one pass through the blocks: a dict."
     method = as_method(method)
     job = Job(model, method, tokens, sparsity, Run() if run is None else run, seqlen)
-    models = hold(weight_bytes(model)*(1 if inplace else 2))
+    models = hold(weights(model)*(1 if inplace else 2))
     work = models + checks(job) + method.before_work(job) + walking(job, method.needs, method.visit_work)
     forward = forward_blocks(job, tokens, job.seqlen)
     return dict(bytes=round(work.peak), forward_flops=round(forward.flops), flops=round(work.flops))

@@ -205,8 +205,10 @@ def run_key(
 def _stages(ctx, needs, settings, dense):
     "Stages of the walk, and what the dense model gives at each."
     if needs.dense == 'stream': yield from drifting(ctx.source, ctx.windows, dense, ctx.log, **settings)
-    elif needs.dense: yield from ((new, old) for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings))
-    else: yield from ((s, None) for s in walk(ctx.source, ctx.windows, log=ctx.log, **settings))
+    elif needs.dense:
+        for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings): yield new, old
+    else:
+        for stage in walk(ctx.source, ctx.windows, log=ctx.log, **settings): yield stage, None
 
 def _without_text(ctx):
     "Visits without inputs."
@@ -225,7 +227,7 @@ def visits(
     dense=None, # source of the dense model; the twin of the run's source by default
     desc='walking', # label of the progress bar
 ):
-    "Yield a `Visit` for every coupling of the table, in the order of a forward pass; each block is open once."
+    "Yield a `Visit` for every coupling, in the order of a forward pass; each block is open once."
     if not needs.text:
         yield from _without_text(ctx)
         return
@@ -236,8 +238,8 @@ def visits(
         if c is None and not needs.everywhere: continue
         v = Visit(ctx, c, stage, _goal(stage, goal))
         yield v
-        v.__dict__.pop('gram', None)                       # the caller holds the visit until the next comes
-        v.stage = v.dense = None                           # so that it must not hold what it has seen
+        v.__dict__.pop('gram', None)                       # the caller holds the visit until the next comes,
+        v.stage = v.dense = None                           # and must not hold what it has seen
 
 def _goal(stage, goal):
     "Outputs of the dense model at a second level; its stage at a first level."

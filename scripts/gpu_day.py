@@ -290,7 +290,7 @@ def warmed_up(name, settings, device, dtype):
 def timed_prune(model, windows, name, settings, sparsity, record):
     "Prune in place; writes seconds and bytes into the record, and returns the pruned model and its plan."
     method, tokens = configured(name, settings), windows.ids.numel()
-    guess = estimate(model, method, tokens, sparsity, seqlen=windows.seqlen, inplace=True)
+    guess = estimate(model, method, tokens, sparsity, HOW.get(name), windows.seqlen, inplace=True)
     free(model.device)
     weights = weight_bytes(model)
     with peak_memory(model.device) as memory:

@@ -22,13 +22,13 @@ VALUES = ('value_channel', 'mlp_channel')
 SHAPES = dict(                                             # shape, windows and their length
     wide=(dict(d=96, f=768, V=96), 6, 32), long=(dict(d=64, f=256, V=96), 64, 64), flat=(dict(d=256, f=192, V=96), 48, 32),
     deep=(dict(d=64, f=96, V=96, L=8), 8, 64), words=(dict(d=64, f=128, V=6000), 16, 32), far=(dict(d=32, f=64, V=96, heads=8), 8, 256),
-    heads=(dict(d=384, f=64, V=96, heads=6, kv=6), 6, 32), exact=(dict(d=64, f=256, V=96, dtype=torch.float32), 32, 64))
+    once=(dict(d=64, f=128, V=96), 8, 256), heads=(dict(d=384, f=64, V=96, heads=6, kv=6), 6, 32), exact=(dict(d=64, f=256, V=96, dtype=torch.float32), 32, 64))
 CASES = [                                                  # shape, method and settings
     ('words', 'random', {}), ('wide', 'magnitude', {}), ('long', 'wanda_sp', {}), ('far', 'wanda_sp', {}), ('flat', 'wanda_sp', {}), ('wide', 'wanda_sp', dict(restore=True)),
     ('wide', 'flap', {}), ('long', 'flap', {}), ('exact', 'flap', {}),
     ('words', 'taylor', {}), ('deep', 'taylor', {}), ('exact', 'taylor', {}), ('wide', 'taylor', {}),
     ('wide', 'fasp', {}), ('wide', 'fasp', dict(restore=False)), ('flat', 'fasp', {}), ('long', 'fasp', {}), ('exact', 'fasp', {}), ('wide', 'fasp', dict(towards='zero')),
-    ('wide', 'depth2', {}), ('long', 'depth2', {}), ('flat', 'depth2', {}),
+    ('wide', 'depth2', {}), ('long', 'depth2', {}), ('flat', 'depth2', {}), ('once', 'depth2', {}),
     ('long', 'bonsai', dict(evaluations=16, restore=True)), ('words', 'bonsai', dict(evaluations=16)), ('wide', 'bonsai', dict(evaluations=16, windows=1)),
     ('wide', 'surgeon', dict(shots=2)), ('deep', 'surgeon', dict(shots=1, rounds=1)), ('words', 'surgeon', dict(shots=1, rounds=1)),
     ('wide', 'recipe', {}), ('long', 'recipe', {}), ('flat', 'recipe', {}), ('words', 'recipe', {}), ('heads', 'recipe', {}), ('wide', 'recipe', dict(allocation='uniform'))]
@@ -85,7 +85,7 @@ OPERATIONS += [(depth2.Depth2, '_first_work'), (bonsai.Bonsai, '_losses_work'), 
 NO_FLOPS = [(cost, 'activations'), (cost, 'checks'), (scores.Magnitude, 'visit_work'), (scores.WandaSp, 'visit_work'), (bonsai.Bonsai, '_prior_work')]
 NO_BYTES = {'linear', 'attention', 'forward', 'forward_blocks', 'head'}
 SMALL = {'_basis_work', '_trials_work', '_turn_work'}      # never at the widest point
-NUMBERS = ['states', 'inputs', 'kept_activations']
+NUMBERS = ['states', 'inputs', 'kept_activations', 'weights']
 
 
 def doubled(old, flops, held):
