@@ -367,7 +367,7 @@ def bench(
     jobs=1, # cells at the same time; timings suffer if there is more than one
     run=None, # runs a command line; in a process of its own by default
 ):
-    "Run cells without a result; names of those that failed. Raises `ValueError` or `OSError` before any work."
+    "Run cells without a result; names of failed ones. Raises `ValueError` or `OSError` before any work."
     cells = _chosen(grid, only, jobs)
     todo = [n for n, c in cells.items() if finished(c, out) is None]
     for n in todo: check_writable(Path(out)/f'{n}.json')
