@@ -120,7 +120,7 @@ def conforms(
     share=.6, # share of the units that stays
     save=True, # save and load the sliced model, too
 ):
-    "Check all promises on random units; the largest relative difference. Raises `ValueError` for a broken one."
+    "Check all promises on random units; largest relative difference. Raises `ValueError` for a broken one."
     dense, kinds = copy.deepcopy(model).float().eval(), (kinds,) if isinstance(kinds, str) else tuple(kinds)
     small, kept, table = copy.deepcopy(dense), random_kept(dense, kinds, share), couplings(dense, kinds)
     for c in table: check_tables(dense, c)
