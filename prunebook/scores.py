@@ -420,10 +420,10 @@ def visit_work(self:FLAP, job, p, level='second'):
 # %% ../nbs/10_scores.ipynb #83b3ae45
 @patch
 def before_work(self:Taylor, job):
-    "Gradients of a few tokens: their sums in float32, those of a batch, then the products."
+    "Gradients of a few tokens: their sums in float32, those of the last batch, and their means."
     seqlen = min(self.seqlen or job.seqlen, job.seqlen)
     read = min(self.samples or job.windows, job.windows)
     names = dict.fromkeys(n for c in job.table for n in module_names(c))
     weights = sum(weight_of(job.model.get_submodule(n)).numel() for n in names)
     passes = cost.backward(job, read*seqlen, min(read, job.run.gradient_batch)*seqlen, seqlen, weights)
-    return (cost.hold(4*weights) + passes + cost.brief(job.size*weights) + cost.brief(4*weights))*1
+    return (cost.hold(4*weights) + passes + cost.hold(job.size*weights) + cost.brief(4*weights))*1
