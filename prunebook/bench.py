@@ -69,7 +69,7 @@ def _zero_by_magnitude(model, sparsity=None, n=None, m=None):
     return zeros_among(linears)
 
 def _zero_elements(model, windows, sparsity, score, m=None, gradients=None, **options):
-    # m·(1 - sparsity) of m weights stay, if m is given; `gradients`: windows for the curvature of the dense model
+    # m·(1 - sparsity) of m weights stay, if m is given; `gradients`: windows for the curvature
     from prunebook.elements import sparsify_elements, sparsify_shots
     from prunebook.scores import sparsify
     pattern = dict(sparsity=sparsity) if m is None else dict(n=round(m*(1 - sparsity)), m=m)
@@ -92,7 +92,8 @@ def _settings_of(name, score=None):
     "Names of the settings of a way to zero weights."
     from prunebook.elements import sparsify_elements, sparsify_shots
     from prunebook.surgeon import zero_structures
-    functions = dict(structures=zero_structures, shots=sparsify_shots, inputs=sparsify_elements, curvature=sparsify_elements)
+    functions = dict(structures=zero_structures, shots=sparsify_shots,
+                     inputs=sparsify_elements, curvature=sparsify_elements)
     f = functions.get(name if name == 'structures' else score)
     given = ('model', 'windows', 'sparsity', 'n', 'm', 'factors', 'report', 'state') # not by a grid
     own = [n for n in inspect.signature(f).parameters if n not in given] if f else []
@@ -100,7 +101,7 @@ def _settings_of(name, score=None):
 
 @dataclass
 class Zeroing:
-    "A way to zero weights, called like a method. Raises `ValueError` for settings its function does not have."
+    "A way to zero weights, called like a method. Raises `ValueError` for settings it does not have."
     name: str # one of `ZEROING`
     settings: dict # of its function
 
@@ -206,10 +207,12 @@ def _check_method(where, label, m):
 def _check_cell(where, c):
     "Raises `ValueError` for a cell that cannot be measured."
     if not re.fullmatch(r'\w[\w .+-]*', c.name):
-        allowed = 'files are named after cells, so that a method is called by letters, digits, spaces and "._+-"'
+        allowed = ('files are named after cells, so that a method is called by '
+                   'letters, digits, spaces and "._+-"')
         raise ValueError(f'{where}: a cell would be called {c.name!r}; {allowed}.')
     if not (c.method == 'dense' or _is_number(c.sparsity, (int, float), most=1) and c.sparsity):
-        raise ValueError(f'{where} has sparsity {c.sparsity!r}; it is a fraction between 0 and 1, for example 0.2.')
+        raise ValueError(f'{where} has sparsity {c.sparsity!r}; '
+                         'it is a fraction between 0 and 1, for example 0.2.')
     if not _is_number(c.seed):
         raise ValueError(f'{where} has seed {c.seed!r}; it is a whole number, at least 0.')
     if not _is_number(c.speed):
@@ -281,7 +284,8 @@ def _pruned(model, calibration, cell):
     with parts_timed(_module(method), cell.parts) as parts:
         (small, plan), seconds, extra = timed(run, model.device, forward)
     rounds = method.summary() if hasattr(method, 'summary') else None
-    return small, plan, dict(seconds=seconds, peak_extra_bytes=extra, parts_cpu=parts or None, rounds=rounds or None)
+    parts, rounds = parts or None, rounds or None
+    return small, plan, dict(seconds=seconds, peak_extra_bytes=extra, parts_cpu=parts, rounds=rounds)
 
 def run_cell(
     cell, # a `Cell`
@@ -320,7 +324,7 @@ def finished(
 
 # %% ../nbs/80_bench.ipynb #69f88a82
 class _Children:
-    "Context manager: runs command lines, several at once if asked; those that still run at the end are ended."
+    "Context manager: runs command lines, several at once if asked; ends those that still run at the end."
     def __init__(self): self.running, self.over, self.lock = [], False, threading.Lock()
 
     def __enter__(self): return self
@@ -363,14 +367,15 @@ def bench(
     jobs=1, # cells at the same time; timings suffer if there is more than one
     run=None, # runs a command line; in a process of its own by default
 ):
-    "Run every cell that has no result; names of those that failed. Raises `ValueError` or `OSError` before any work."
+    "Run cells without a result; names of failed ones. Raises `ValueError` or `OSError` before any work."
     cells = _chosen(grid, only, jobs)
     todo = [n for n, c in cells.items() if finished(c, out) is None]
     for n in todo: check_writable(Path(out)/f'{n}.json')
     with ThreadPoolExecutor(jobs) as pool, _Children() as children:
         def fails(n):
             command = [sys.executable, '-c', _CELL, str(grid), str(out), n]
-            done = (run or children.run)(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            heard = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            done = (run or children.run)(command, **heard)
             said = done.stderr.strip().splitlines() or ['no message']
             if done.returncode: tqdm.write(f'{n} failed: {said[-1]}', file=sys.stderr)
             return done.returncode
@@ -429,7 +434,7 @@ def recheck(
     only='*', # shell pattern of the names of cells
     jobs=1, # cells at the same time
 ):
-    "What differs when cells are measured again, by name. Raises `ValueError` for a result of other settings, before any work."
+    "What differs when measured again, by cell. Raises `ValueError` for other settings, before any work."
     cells = _chosen(grid, only, jobs)
     old = {n: finished(c, out) for n, c in cells.items()}
     with tempfile.TemporaryDirectory() as again:

@@ -63,7 +63,7 @@ def needed_bytes(
     sparsity, # fraction of the decoder's parameters that will go
     itemsize=4, # bytes of one parameter
 ):
-    "Bytes of the weights of the pruned model, from the heads of the dense model's files; 0 if they do not say."
+    "Bytes of the weights of the pruned model, from the heads of the dense files; 0 if they do not say."
     shapes = _shapes(folder)
     numbered = lambda name: any(part.isdigit() for part in name.split('.'))
     decoder = [math.prod(s) for n, s in shapes.items() if len(s) == 2 and numbered(n)]
@@ -94,20 +94,27 @@ def cmd_prune(
     method:str='recipe', # pruning method
     sparsity:float=.2, # fraction of the parameters of the decoder blocks' linear layers to remove
     settings:str='{}', # settings of the method as JSON, for example '{"restore": false}'
-    text:str='wikitext2', # calibration text: wikitext2, passages, random, self, a file of text or JSON Lines, or a data set of the hub
-    bos:str='auto', # a beginning-of-text token in front of each window: yes, no, or auto for what the tokenizer does
+    # calibration text: wikitext2, passages, random, self, a file of text or JSON Lines,
+    # or a data set of the hub
+    text:str='wikitext2',
+    # a beginning-of-text token in front of each window: yes, no, or auto for what the tokenizer does
+    bos:str='auto',
     n:int=64, # calibration windows
     seqlen:int=512, # tokens in a window
     seed:int=0, # of what is random
     eval_n:int=64, # evaluation windows of the report, at most
     device:str=None, # a torch device; a GPU if there is one, by default
     dtype:str=None, # float32, bfloat16 or float16; by default what the device multiplies fast
-    report:store_true=False, # measure before and after: perplexity, parameters, memory, speed, text; keeps the dense model in memory for it
+    # measure before and after: perplexity, parameters, memory, speed, text;
+    # keeps the dense model in memory for it
+    report:store_true=False,
     force:store_true=False, # replace the output folder if it is one of ours
     json:store_true=False, # print the result as JSON
     trust_remote_code:store_true=False, # run code that comes with the model
     batch_size:int=8, # windows in a forward pass
-    log:str=None, # file that keeps what was measured, so that an interrupted run goes on, and another sparsity need not measure it again
+    # file that keeps what was measured, so that an interrupted run goes on,
+    # and another sparsity need not measure it again
+    log:str=None,
     lean:store_true=False, # less memory for more time
     stream:store_true=False, # the model is a folder, of which one block is in memory at a time
     resume:store_true=False, # with --stream: go on with an interrupted run
@@ -121,12 +128,15 @@ def cmd_prune(
     run = _run_of(batch_size, log, lean)
     method, bos = _method(method, settings), _bos(bos)
     if resume and not stream:
-        raise ValueError('--resume goes on with a run of --stream; other runs keep their progress in the file of --log.')
+        raise ValueError('--resume goes on with a run of --stream; '
+                         'other runs keep their progress in the file of --log.')
     if stream:
         if report:
-            raise ValueError('--report measures the model in memory; leave it out with --stream, and use prunebook eval afterwards.')
+            raise ValueError('--report measures the model in memory; leave it out with --stream, '
+                             'and use prunebook eval afterwards.')
         text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=bos)
-        run = replace(run, device=str(device or default_device()), dtype=_dtype(dtype, device), out=out, resume=resume, overwrite=force)
+        where = dict(device=str(device or default_device()), dtype=_dtype(dtype, device))
+        run = replace(run, **where, out=out, resume=resume, overwrite=force)
         shown = _streamed(model, method, sparsity, text, run, json) if _is_first() else ''
         return print(shown) if _is_first() else None
     with _place(out, model, sparsity, device, dtype, force):
@@ -146,17 +156,21 @@ def _streamed(model, method, sparsity, text, run, as_json):
     from prunebook.text import load_windows
     from transformers import AutoTokenizer
     if not Path(model).is_dir():
-        raise ValueError(f'--stream reads a folder with a checkpoint, and {model!r} is none; download the model first.')
+        raise ValueError(f'--stream reads a folder with a checkpoint, and {model!r} is none; '
+                         'download the model first.')
     if text['source'] == 'self':
         raise ValueError('A model that is streamed cannot write its own text; name another one with --text.')
     check_streams(method)
-    with readable(model): tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    with readable(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
     calibration = load_windows(model=skeleton(model), tokenizer=tokenizer, **text)
     _say(f'Calibration: {calibration!r}\nPruning with {method}, one block at a time ...')
     try: _, plan = prune(model, calibration, method, sparsity, run=run)
     except KeyboardInterrupt as e:
-        raise type(e)(f'finished blocks are kept beside {run.out}; the same command with --resume goes on.') from None
-    done = dict(method=plan.method, sparsity=plan.sparsity, true_sparsity=plan.true_sparsity, model=portable(model))
+        kept = f'finished blocks are kept beside {run.out}'
+        raise type(e)(f'{kept}; the same command with --resume goes on.') from None
+    done = dict(method=plan.method, sparsity=plan.sparsity, true_sparsity=plan.true_sparsity,
+                model=portable(model))
     if as_json: return strict_json({**done, 'folder': str(run.out)})
     return f'{plan!r}\nSaved in {run.out}.'
 
@@ -184,7 +198,8 @@ def _place(out, model, sparsity, device, dtype, force):
     from prunebook.models import reserved_folder
     before = _mark(out)
     if os.path.lexists(out) and not force:
-        raise FileExistsError(f'{out} exists already; choose another folder, or add --force if it is one of ours.')
+        raise FileExistsError(f'{out} exists already; choose another folder, '
+                              'or add --force if it is one of ours.')
     size = needed_bytes(model, sparsity, _dtype(dtype, device).itemsize)
     try:
         with reserved_folder(out, size, force, model): yield
@@ -216,7 +231,7 @@ def _bos(word):
     return meaning[word]
 
 def _windows(model, tokenizer, source, n, seqlen, seed, eval_n, bos):
-    "Calibration and evaluation windows; text is evaluated on what it is, or on the built-in passages if it cannot be."
+    "Calibration and evaluation windows; the latter of the same text if it can be, else of the passages."
     from prunebook.text import load_windows
     held_out = source if source in ('wikitext2', 'passages') else 'passages'
     return (load_windows(source, model, tokenizer, n, seqlen, seed, bos=bos),
@@ -237,7 +252,7 @@ def _state(model, tokenizer, windows, which):
     return State.of(model, tokenizer, {windows.source: windows})
 
 def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run):
-    "The pruned model, its plan, what it took, and with a report the states before and after and their speeds."
+    "The pruned model, its plan, what it took, and for a report the states before and after and the speeds."
     from copy import deepcopy
     from prunebook.pruning import prune
     from prunebook.record import paired_speed, timed, timed_forward
@@ -283,10 +298,13 @@ def _finish(model, tokenizer, plan, out, force, as_json, took, states):
 def _words(out, record, reported):
     "What it took, and where the result is."
     s, load = record.seconds, 'load it with AutoModelForCausalLM.from_pretrained'
-    passes = f', {s["in_forward_passes"]:.2f} times a forward pass over the same tokens' if 'forward' in s else ''
-    yield f'Pruning took {s["prune"]:.0f} s{passes}, and {record.peak_extra_bytes/2**30:.2f} GiB besides the model.'
+    passes = ''
+    if 'forward' in s: passes = f', {s["in_forward_passes"]:.2f} times a forward pass over the same tokens'
+    memory = f'{record.peak_extra_bytes/2**30:.2f} GiB besides the model'
+    yield f'Pruning took {s["prune"]:.0f} s{passes}, and {memory}.'
     if reported:
-        ratios = [f'{k} {m:.2f} ({low:.2f} to {high:.2f})' for k, (m, low, high) in record.speed['ratio'].items()]
+        found = record.speed['ratio'].items()
+        ratios = [f'{k} {m:.2f} ({low:.2f} to {high:.2f})' for k, (m, low, high) in found]
         yield f'Speed as a multiple of the dense model, timed in turn: {", ".join(ratios)}.'
     yield f'Saved in {out}: {load}' + ('.' if record.plain_transformers else '(..., trust_remote_code=True).')
     if reported: yield f'Report and plot: {out/"report.md"}, {out/"report.png"}.'
@@ -301,8 +319,10 @@ def _plain_measure(m):
 # %% ../nbs/99_cli.ipynb #7a273feb
 def cmd_eval(
     model:str, # smollm2-135m, a model folder (pruned or not), or a hub id
-    text:str='wikitext2', # evaluation text: wikitext2, passages, a file of text or JSON Lines, or a data set of the hub
-    bos:str='auto', # a beginning-of-text token in front of each window: yes, no, or auto for what the tokenizer does
+    # evaluation text: wikitext2, passages, a file of text or JSON Lines, or a data set of the hub
+    text:str='wikitext2',
+    # a beginning-of-text token in front of each window: yes, no, or auto for what the tokenizer does
+    bos:str='auto',
     n:int=64, # windows, at most
     seqlen:int=512, # tokens in a window
     tasks:str='', # names of lm_eval tasks, separated by commas (needs the extra `eval`)
@@ -336,7 +356,8 @@ def _anatomy_record(net):
     for kind in kinds_of(net):
         table = couplings(net, kind)
         units, share = sum(c.n_units for c in table), sum(c.n_units*c.cost for c in table)/total
-        r[kind] = dict(units=units, parameters_each=table[0].cost, share_of_decoder=share, first=repr(table[0]))
+        r[kind] = dict(units=units, parameters_each=table[0].cost, share_of_decoder=share,
+                       first=repr(table[0]))
     sizes = dict(blocks=len(shapes), parameters=n_parameters([net]), linear_parameters=total)
     widths = dict(hidden=net.config.hidden_size, query_heads=b.heads, kv_heads=b.kv_heads,
                   head_size=b.head_dim, mlp_width=b.mlp_width)
@@ -356,7 +377,8 @@ def cmd_inspect(
     for k, v in out.items():
         if k != 'units': print(f'{k:20} {v}')
     for kind, v in out['units'].items():
-        print(f'\n{kind}: {v["units"]} units, {v["share_of_decoder"]:.1%} of the decoder\n  block {v["first"]}')
+        print(f'\n{kind}: {v["units"]} units, {v["share_of_decoder"]:.1%} of the decoder')
+        print(f'  block {v["first"]}')
 
 # %% ../nbs/99_cli.ipynb #b02b2cfa
 def cmd_verify(
@@ -373,13 +395,16 @@ def cmd_bench(
     grid:str, # YAML file with methods, sparsities and seeds
     out:str=None, # folder of results, one JSON file for each cell
     only:str='*', # shell pattern of the names of cells
-    check:store_true=False, # measure cells again and compare with what is in the folder, which is left as it is
+    # measure cells again and compare with what is in the folder, which is left as it is
+    check:store_true=False,
     jobs:int=1, # cells at the same time; timings suffer if there is more than one
 ):
     "Measure every cell of a grid that has no result yet, each in a process of its own."
     from prunebook.bench import bench, recheck
     if out is None: raise ValueError('Name the folder of results with --out.')
-    try: r = recheck(grid, out, only, jobs) if check else {n: ['it failed'] for n in bench(grid, out, only, jobs)}
+    try:
+        if check: r = recheck(grid, out, only, jobs)
+        else: r = {n: ['it failed'] for n in bench(grid, out, only, jobs)}
     except KeyboardInterrupt as e:
         kept = 'those that were finished have their files, and the same command goes on from there'
         raise type(e)(f'its cells were ended; {kept}.') from None
@@ -450,15 +475,16 @@ def _arguments(f, command, *words):
     def underscored(a):                                    # --eval-n is --eval_n
         name, *value = a.split('=', 1)
         return '='.join(['--' + name[2:].replace('-', '_'), *value]) if a.startswith('--') else a
-    return {k: v for k, v in vars(parser.parse_args([*map(underscored, words)])).items() if k not in ('pdb', 'xtra')}
+    args = vars(parser.parse_args([*map(underscored, words)]))
+    return {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}
 
 def _usage(argv):
     "Print the commands, and what was wrong with the words if anything was; returns the exit code."
     lines = [f'  {n:8} {f.__doc__}' for n, f in COMMANDS.items()]
     known = argv[:1] in ([], ['-h'], ['--help'])
     wrong = [] if known else [f'error: there is no command {argv[0]!r}']
-    print('\n'.join(['usage: prunebook COMMAND ...; prunebook COMMAND --help shows the options', *lines, *wrong]),
-          file=sys.stdout if known and argv else sys.stderr)
+    usage = 'usage: prunebook COMMAND ...; prunebook COMMAND --help shows the options'
+    print('\n'.join([usage, *lines, *wrong]), file=sys.stdout if known and argv else sys.stderr)
     return 0 if known and argv else 2
 
 # %% ../nbs/99_cli.ipynb #95dbe701

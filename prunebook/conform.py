@@ -9,7 +9,8 @@ __all__ = ['random_kept', 'combinations', 'check_tables', 'padded_logits', 'chec
 # %% ../nbs/64_conform.ipynb #8013c1b3
 import copy, tempfile
 import torch
-from .couplings import anatomy, check_kept, coupling_of, couplings, kinds_of, masked, slice_coupling, weight_of, UNITS
+from .couplings import anatomy, check_kept, coupling_of, couplings, kinds_of, masked
+from .couplings import slice_coupling, weight_of, UNITS
 from .models import n_parameters
 
 # %% ../nbs/64_conform.ipynb #48621794
@@ -44,9 +45,11 @@ def check_tables(
 ):
     "Raises `ValueError` if a column of the second linear has no unit or two, or a row is listed twice."
     def once(name, tables, size, all_of_them):
-        listed, n = torch.cat([t.flatten() for t in tables]).sort().values, len(torch.cat([t.flatten() for t in tables]).unique())
+        listed = torch.cat([t.flatten() for t in tables]).sort().values
+        n = len(listed.unique())
         if n < len(listed) or listed[0] < 0 or listed[-1] >= size or all_of_them and n < size:
-            raise ValueError(f'{coupling.name}: its table of {name} lists {len(listed)} indices, {n} of them different, of {size} that there are.')
+            raise ValueError(f'{coupling.name}: its table of {name} lists {len(listed)} indices, '
+                             f'{n} of them different, of {size} that there are.')
     shape, rows = lambda n: weight_of(model.get_submodule(n)).shape, {}
     for n, t in coupling.firsts: rows.setdefault(n, []).append(t)
     for n, tables in rows.items(): once(n, tables, shape(n)[0], False)
@@ -71,13 +74,17 @@ def check_function(
     kept, # units that stayed, by coupling name
     tolerance=1e-5, # largest relative difference of the logits
 ):
-    "Largest relative difference of the logits of the masked and the sliced model. Raises `ValueError` if they do not agree, or nothing was removed."
+    "Largest relative difference of the logits. Raises `ValueError` if they differ, or nothing was removed."
     with masked(dense, kept): expected = padded_logits(dense)
     size = expected.abs().max().item()
     found, moved = ((padded_logits(m) - expected).abs().max().item()/size for m in (small, dense))
-    if not found <= tolerance: raise ValueError(f'The sliced model computes something else than the masked one: its logits are off by {found:.1e} of the largest.')
-    if any(len(kept[c.name]) < c.n_units for c in couplings(dense, {n.split('.')[1] for n in kept})) and moved <= tolerance:
-        raise ValueError('Without these units the dense model computes what it computed with them; there is nothing to compare.')
+    if not found <= tolerance:
+        raise ValueError('The sliced model computes something else than the masked one: '
+                         f'its logits are off by {found:.1e} of the largest.')
+    kinds = {n.split('.')[1] for n in kept}
+    if any(len(kept[c.name]) < c.n_units for c in couplings(dense, kinds)) and moved <= tolerance:
+        raise ValueError('Without these units the dense model computes what it computed with them; '
+                         'there is nothing to compare.')
     return found
 
 # %% ../nbs/64_conform.ipynb #6192c9f8
@@ -85,13 +92,15 @@ def check_left(
     small, # a sliced model
     left, # what `slice_coupling` returned, one coupling after the other
 ):
-    "Raises `ValueError` for a coupling that is not the one that is built anew, or whose groups are not equal."
+    "Raises `ValueError` for a coupling that is not what is built anew, or whose groups are not equal."
     shapes = anatomy(small)
     facts = lambda c: [c.n_units, c.cost, c.groups, *((n, t.tolist()) for n, t in (*c.firsts, c.second))]
     for c in left:
         fresh = coupling_of(small, shapes[c.layer], c.unit)
-        if facts(c) != facts(fresh): raise ValueError(f'{c.name} after the cut is not what is built anew: {c}, and anew {fresh}.')
-        if c.n_units % c.groups: raise ValueError(f'{c.name}: {c.n_units} units cannot be {c.groups} equal groups.')
+        if facts(c) != facts(fresh):
+            raise ValueError(f'{c.name} after the cut is not what is built anew: {c}, and anew {fresh}.')
+        if c.n_units % c.groups:
+            raise ValueError(f'{c.name}: {c.n_units} units cannot be {c.groups} equal groups.')
 
 def check_saved(
     model, # a causal language model, pruned or not
@@ -100,7 +109,8 @@ def check_saved(
     from prunebook.save import load_pruned, save_pruned
     with tempfile.TemporaryDirectory() as d:
         again, _, _ = load_pruned(save_pruned(model, None, f'{d}/model'), device=model.device)
-        if not torch.equal(padded_logits(again), padded_logits(model)): raise ValueError('The saved and loaded model computes something else.')
+        if not torch.equal(padded_logits(again), padded_logits(model)):
+            raise ValueError('The saved and loaded model computes something else.')
 
 # %% ../nbs/64_conform.ipynb #124f75e7
 @torch.no_grad()
@@ -110,14 +120,16 @@ def conforms(
     share=.6, # share of the units that stays
     save=True, # save and load the sliced model, too
 ):
-    "Check all promises on a random choice of units; returns the largest relative difference of logits. Raises `ValueError` for a promise that does not hold."
+    "Check all promises on random units; largest relative difference. Raises `ValueError` for a broken one."
     dense, kinds = copy.deepcopy(model).float().eval(), (kinds,) if isinstance(kinds, str) else tuple(kinds)
     small, kept, table = copy.deepcopy(dense), random_kept(dense, kinds, share), couplings(dense, kinds)
     for c in table: check_tables(dense, c)
     left = [slice_coupling(small, c, check_kept(c, kept[c.name])) for c in table]
     found = check_function(dense, small, kept)
-    gone, cost = n_parameters([dense]) - n_parameters([small]), sum(c.cost*(c.n_units - len(kept[c.name])) for c in table)
-    if gone != cost: raise ValueError(f'{gone} parameters left with units of {" and ".join(kinds)} that cost {cost}.')
+    gone = n_parameters([dense]) - n_parameters([small])
+    cost = sum(c.cost*(c.n_units - len(kept[c.name])) for c in table)
+    if gone != cost:
+        raise ValueError(f'{gone} parameters left with units of {" and ".join(kinds)} that cost {cost}.')
     check_left(small, left)
     if save: check_saved(small)
     return found

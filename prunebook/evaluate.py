@@ -221,6 +221,7 @@ def _lines(m):
 def report_table(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
+    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, smallest, largest)
 ):
     "The two measurements and their ratio, as a Markdown table followed by a sample of both."
     both = zip(_lines(before), _lines(after))

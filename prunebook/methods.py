@@ -53,7 +53,7 @@ def _bounded(value, least=None, most=None, below=None, **_):
     "Whether a number, or each number of a tuple, lies within bounds."
     several = value if isinstance(value, (tuple, list)) else [value]
     numbers = [n for n in several if isinstance(n, (int, float))]
-    if not all(map(math.isfinite, numbers)): return False
+    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers): return False
     if least is not None and any(n < least for n in numbers): return False
     if most is not None and any(n > most for n in numbers): return False
     return below is None or all(n < below for n in numbers)
@@ -150,7 +150,7 @@ class Method:
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
-        if cls.name: METHODS[cls.name] = cls
+        if name := cls.__dict__.get('name'): METHODS[name] = cls             # a name that is inherited is its parent's
 
     def __post_init__(self): self.check()
 

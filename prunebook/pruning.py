@@ -84,7 +84,7 @@ def prune(
     method.check()
     run.check_here()
     plain_settings(method)
-    if isinstance(source, (str, Path)): return _prune_folder(source, calibration, method, sparsity, run)
+    if isinstance(source, (str, Path)) and Path(source).is_dir(): return _prune_folder(source, calibration, method, sparsity, run)
     return _prune_model(source, calibration, method, sparsity, inplace, run)
 
 # %% ../nbs/08_pruning.ipynb #ec9dbfd6

@@ -125,25 +125,6 @@ def zeros_among(
     weights = [weight_of(l) for l in linears.values()]
     return sum((W == 0).sum().item() for W in weights)/sum(W.numel() for W in weights)
 
-# %% ../nbs/10_scores.ipynb #cfd9364c
-def _forward_block(model, b, states, calls):
-    "States after block `b`, for each batch."
-    layer = model.get_submodule(b.name)
-    out = [layer(x, *call[b.layer][0], **call[b.layer][1]) for x, call in zip(states, calls)]
-    return [y if isinstance(y, torch.Tensor) else y[0] for y in out]
-
-def _input_norms(linears, run):
-    "Two-norm over all tokens of every input of some linears, while `run()` runs."
-    squares = [torch.zeros(weight_of(l).shape[1], device=weight_of(l).device) for l in linears]
-    def adder(total):
-        def add(l, args): total.add_(args[0].flatten(0, -2).float().pow(2).sum(0))
-        return add
-    handles = [l.register_forward_pre_hook(adder(s)) for l, s in zip(linears, squares)]
-    try: run()
-    finally:
-        for h in handles: h.remove()
-    return [s.sqrt() for s in squares]
-
 # %% ../nbs/10_scores.ipynb #a2d265a1
 @torch.no_grad()
 def sparsify(
@@ -166,12 +147,31 @@ def sparsify(
         states = _forward_block(model, b, states, calls)
     return zeros_among(linears)
 
+# %% ../nbs/10_scores.ipynb #cfd9364c
+def _forward_block(model, b, states, calls):
+    "States after block `b`, for each batch."
+    layer = model.get_submodule(b.name)
+    out = [layer(x, *call[b.layer][0], **call[b.layer][1]) for x, call in zip(states, calls)]
+    return [y if isinstance(y, torch.Tensor) else y[0] for y in out]
+
+def _input_norms(linears, run):
+    "Two-norm over all tokens of every input of some linears, while `run()` runs."
+    squares = [torch.zeros(weight_of(l).shape[1], device=weight_of(l).device) for l in linears]
+    def adder(total):
+        def add(l, args): total.add_(args[0].flatten(0, -2).float().pow(2).sum(0))
+        return add
+    handles = [l.register_forward_pre_hook(adder(s)) for l, s in zip(linears, squares)]
+    try: run()
+    finally:
+        for h in handles: h.remove()
+    return [s.sqrt() for s in squares]
+
 # %% ../nbs/10_scores.ipynb #956c0df2
 @dataclass
 class WandaSp(Method):
     "Remove the units with the smallest mean Wanda score (eq. wandasp), as in the code of FLAP."
     name = 'wanda_sp'
-    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
+    units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
 
     def score(self, v):
         squares = sum(x.flatten(0, -2).float().pow(2).sum(0) for x in v.X)                   # (f,)
@@ -290,25 +290,12 @@ def _bias_mean(
     _add_bias(v.model.get_submodule(v.second), lost)
     return v.weight[:, keep]
 
-# %% ../nbs/10_scores.ipynb #98762576
-def _fold_mean(
-    v, # a `Visit`
-    keep, # columns that stay, (m,)
-    lost, # mean that is lost, (d,)
-    ridge, # a `Ridge`
-):
-    "Kept columns that also make the lost mean (eq. fold), (d, m)."
-    total = sum(x.to(double_device(x.device)).flatten(0, -2).sum(0, dtype=torch.float64) for x in v.X)
-    ones = _constant_weights(v.gram[keep][:, keep], total[keep.to(total.device)], ridge)
-    kept = as_double(v.weight[:, keep])
-    return (kept + lost[:, None].to(kept.device)*ones.to(kept.device)).to(v.weight)
-
 # %% ../nbs/10_scores.ipynb #888ff692
 @dataclass
 class FLAP(Method):
     "Remove what fluctuates least, compared across matrices (eq. z), and keep its mean (An et al. 2024)."
     name = 'flap'
-    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
+    units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
     restore: bool | Literal['folded', 'bias'] = 'folded' # where the lost mean goes; True re-fits
     square_attention: bool = True # square the scores of attention, as the published code does
 
@@ -322,6 +309,19 @@ class FLAP(Method):
         give_back = dict(folded=_fold_mean, bias=_bias_mean)[self.restore]
         lost = _lost_mean(v.weight, keep, v.found.means[v.coupling.name])
         return give_back(v, keep, lost, self.ridge_for(v.tokens))
+
+# %% ../nbs/10_scores.ipynb #98762576
+def _fold_mean(
+    v, # a `Visit`
+    keep, # columns that stay, (m,)
+    lost, # mean that is lost, (d,)
+    ridge, # a `Ridge`
+):
+    "Kept columns that also make the lost mean (eq. fold), (d, m)."
+    total = sum(x.to(double_device(x.device)).flatten(0, -2).sum(0, dtype=torch.float64) for x in v.X)
+    ones = _constant_weights(v.gram[keep][:, keep], total[keep.to(total.device)], ridge)
+    kept = as_double(v.weight[:, keep])
+    return (kept + lost[:, None].to(kept.device)*ones.to(kept.device)).to(v.weight)
 
 # %% ../nbs/10_scores.ipynb #fb3e3967
 def _loss_gradients(
@@ -375,7 +375,7 @@ def _weight_times_gradient(
 class Taylor(Method):
     "Remove the units that matter least to the loss, to first order (eq. paramfirst), as in LLM-Pruner."
     name = 'taylor'
-    units: tuple = ('kv_group', 'mlp_channel') # kinds of units
+    units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
     samples: int | None = setting(10, least=1) # calibration windows for the gradient; None for all
     seqlen: int | None = setting(64, least=2) # their first tokens; None for all
     vectorize: bool = False # add signed terms within a row or column

@@ -82,7 +82,7 @@ def living_inverses(
     factors, # its `Factors`
     damp=.01, # ridge, as a fraction of the mean diagonal
 ):
-    "What is `_living`, and damped inverses of these parts: (rows, columns, A, G); None if nothing lives."
+    "What lives, and damped inverses of these parts: (rows, columns, A, G); None if nothing lives."
     r, c = _living(W, factors)
     if not (r.any() and c.any()): return None
     part = lambda M, i: damped_inverse(M.to(W.device)[i][:, i], damp)

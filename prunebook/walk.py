@@ -48,7 +48,8 @@ def record_calls(
         return hidden
     with replaced([(l, recorder) for l in layers]):
         first = []
-        handle = layers[0].register_forward_pre_hook(lambda m, a, kw: first.append(a[0] if a else kw['hidden_states']), with_kwargs=True)
+        take = lambda m, a, kw: first.append(a[0] if a else kw['hidden_states'])
+        handle = layers[0].register_forward_pre_hook(take, with_kwargs=True)
         try: model.base_model(ids.to(model.device), use_cache=False)
         finally: handle.remove()
     return first[0], calls
@@ -76,7 +77,8 @@ def logits_after(
     *layers, last = [model.get_submodule(b.name) for b in anatomy(model)]
     skip = lambda hidden_states, *args, **kw: hidden_states
     put = lambda *args, **kw: state.to(model.device)
-    with replaced([*[(l, skip) for l in layers], (last, put)]): return model(ids.to(model.device), use_cache=False).logits
+    with replaced([*[(l, skip) for l in layers], (last, put)]):
+        return model(ids.to(model.device), use_cache=False).logits
 
 # %% ../nbs/05_walk.ipynb #4f99f392
 class _Stop(Exception): pass
@@ -99,7 +101,7 @@ class Stage:
     block: Block # the block it is in
     part: str # `attention` or `mlp`
     second: str # name of the sub-layer's second linear
-    X: list # inputs of the level, (batch, seqlen, columns) for each batch; a list, or one whose tensors are on disk
+    X: list # inputs of the level, (batch, seqlen, columns) for each batch; their tensors may be on disk
     level: str = 'second' # whose inputs: of the `first` linears, or of the `second`
     keep: torch.Tensor = None # columns of `X` that the second linear still reads; set it after slicing
     Y: list = None # outputs of the second linear, where the caller knows them already
@@ -128,25 +130,27 @@ class Stage:
 def checked(
     stage, # a new `Stage`
 ):
-    "The stage itself; warns if the inputs of a second linear are all zero. Raises `ValueError` if one is not finite."
+    "The stage; warns if all inputs of a second linear are 0. Raises `ValueError` if one is not finite."
     edges = torch.stack([torch.stack(x.aminmax()) for x in stage.X])                         # (batches, 2)
-    level = f'the inputs of {stage.second}' if stage.level == 'second' else f'the inputs of the first linears before {stage.second}'
-    check_numbers(edges, f'block {stage.layer}, {level}', edges.dtype)
-    if stage.level == 'second' and not edges.any(): warnings.warn(f'All inputs of {stage.second} are zero on this text; its units are worth nothing.')
+    second = stage.level == 'second'
+    reader = stage.second if second else f'the first linears before {stage.second}'
+    check_numbers(edges, f'block {stage.layer}, the inputs of {reader}', edges.dtype)
+    if second and not edges.any():
+        warnings.warn(f'All inputs of {stage.second} are zero on this text; its units are worth nothing.')
     return stage
 
 # %% ../nbs/05_walk.ipynb #281d75e6
 @torch.no_grad()
 def walk(
-    model, # a causal language model of `transformers` that the caller may slice on the way, or a source of its blocks
+    model, # a causal language model of `transformers`, perhaps sliced on the way, or a source of its blocks
     windows, # calibration `Windows`
     batch_size=8, # windows in a forward pass
     device=None, # visit this device block by block; by default blocks stay where they are
     desc='walking', # label of the progress bar
     firsts=False, # before each stage, yield one with the inputs of its first linears
-    log=None, # keeps the states after each block, and gives them back to a walk that goes on (see `StreamLog`)
+    log=None, # keeps the states after each block, for a walk that goes on (see `StreamLog`)
 ):
-    "Yield a `Stage` for attention and MLP of every block, in order; each block computes once. Raises `ValueError` for inputs that are not finite."
+    "Yield each attention and MLP, computed once, as a `Stage`. Raises `ValueError` if inputs are not finite."
     source = as_source(model, device)
     model = source.model
     if model.training: raise ValueError('The model is in training mode; call model.eval() first.')
@@ -193,7 +197,7 @@ def _inputs(source, module, n, run, pairs):
     return source.collect(seen(i) for i in range(n))
 
 def _attention_inputs(source, b, n, run):
-    "What the second linear of the attention reads in each of `n` batches, and how many outputs the attention has."
+    "Inputs of the second linear of the attention in `n` batches, and how many outputs the attention has."
     structure, attention = [], source.model.get_submodule(b.path(b.family.attention))
     out = source.model.get_submodule(b.out)
     d = weight_of(out).shape[0]
@@ -213,19 +217,21 @@ def _stages(source, b, n, run, firsts, waiting):
     model, second = source.model, source.model.get_submodule(b.mlp_second)
     attention = model.get_submodule(b.path(b.family.attention))
     first_attention, first_mlp = b.path(b.family.qkv[0]), b.path(b.family.mlp_firsts[0])
+    first = lambda part, linear, X: checked(Stage(b, part, linear, X, 'first'))
     # 1. attention up to the input of its second linear
-    if firsts: yield checked(Stage(b, 'attention', b.out, _inputs(source, first_attention, n, run, lambda i: []), 'first'))
+    if firsts: yield first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
     X, structure = _attention_inputs(source, b, n, run)
     stage = checked(Stage(b, 'attention', b.out, X))
     yield stage
     A = source.collect(stage.output(model, i) for i in range(n))
     finished = lambda i: [(attention, _stand_in(A[i], structure))]
     # 2. the MLP up to the input of its second linear
-    if firsts: yield checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished), 'first'))
+    if firsts: yield first('mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished))
     stage = checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, b.mlp_second, n, run, finished)))
     yield stage
     # 3. what is left of the block: norms and additions
-    thin = [(model.get_submodule(b.path(p)), lambda x: x[..., :b.family.mlp_parts]) for p in b.family.mlp_firsts]
+    narrow = lambda x: x[..., :b.family.mlp_parts]
+    thin = [(model.get_submodule(b.path(p)), narrow) for p in b.family.mlp_firsts]
     def output(i):
         y = stage.output(model, i)
         return run(i, [*finished(i), (second, lambda x: y.view(*x.shape[:-1], y.shape[-1])), *thin])
@@ -237,7 +243,7 @@ def cut(
     coupling, # the coupling to cut
     stage, # its `Stage`
     kept, # indices of the units that stay
-    refit, # function of the second linear's weight (d, f) and the kept columns (m,) that gives the new weight (d, m)
+    refit, # the new weight (d, m) from the second linear's weight (d, f) and the kept columns (m,)
 ):
     "Slice one coupling in the middle of a walk and put re-fitted columns in place."
     if len(kept) == coupling.n_units: return
@@ -280,7 +286,7 @@ def walk_both(
     device=None, # visit this device block by block; by default blocks stay where they are
     **settings, # of `walk`
 ):
-    "Yield pairs of stages, of the model as it was and as it is; those of old second levels have outputs `Y` and no inputs."
+    "Yield pairs of stages, of the model as it was and is; old second levels have outputs `Y`, no inputs."
     source = as_source(model, device)
     dense = source.twin() if dense is None else dense
     pruned = walk(source, windows, log=log, **settings)
@@ -301,10 +307,11 @@ def drifting(
     log=None, # keeps the states of both walks, and the drift (see `StreamLog`)
     **settings, # of `walk`
 ):
-    "Yield each stage, and what its second linear should add for the stream to be the dense one again, a list of (batch, seqlen, d); None for first levels."
+    "Yield each stage, and a list of outputs (batch, seqlen, d) that undo the drift; None for first levels."
     source = as_source(model)
     drift = log.beside('drift').taken() if log else None
-    adds = getattr(source.model.config, 'do_layer_norm_before', True)                      # else a norm comes between, and drift is no sum
+    # else a norm comes between, and drift is no sum
+    adds = getattr(source.model.config, 'do_layer_norm_before', True)
     for old, new in walk_both(source, windows, dense, log, **settings):
         if new.level == 'first':
             yield new, None

@@ -152,7 +152,7 @@ def test_reading_does_not_write(models, tmp_path, monkeypatch):
 
 # ---- interrupted ----------------------------------------------------------------------------------------------------
 
-STAGES = dict(load='prunebook.cli._load', prune='prunebook.methods.prune', save='prunebook.save._write_model')
+STAGES = dict(load='prunebook.cli._load', prune='prunebook.pruning.prune', save='prunebook.save._write_model')
 
 @pytest.mark.skipif(os.name == 'nt', reason='there a signal to oneself ends the process')
 @pytest.mark.parametrize('stage', STAGES)
@@ -580,7 +580,7 @@ def test_unforeseen(home_is_a_file, tmp_path, monkeypatch, capsys):
 @pytest.mark.fault('There is not enough memory', 'One sentence with what to take less of, and exit code 2.')
 def test_out_of_memory(error, models, tmp_path, monkeypatch, capsys):
     def fail(*a, **kw): raise error
-    monkeypatch.setattr('prunebook.methods.prune', fail)
+    monkeypatch.setattr('prunebook.pruning.prune', fail)
     assert main(prune(models/'dense', tmp_path/'x')) == 2
     assert 'out of memory' in capsys.readouterr().err.splitlines()[-1] and not (tmp_path/'x').exists()
 
