@@ -7,7 +7,7 @@ __all__ = ['Work', 'hold', 'brief', 'Job', 'Place', 'counted_work', 'counted_byt
            'forward', 'forward_blocks', 'head', 'activations', 'states', 'inputs', 'gram', 'cross', 'solve', 'inverse',
            'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'checks', 'estimate']
 
-# %% ../nbs/09_estimate.ipynb #80be0254
+# %% ../nbs/09_estimate.ipynb #c36768a5
 import math, weakref
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from .models import decoder_linears, n_parameters
 from .plan import uniform_steps
 from .repair import WEAK_RIDGE
 
-# %% ../nbs/09_estimate.ipynb #87c7efab
+# %% ../nbs/09_estimate.ipynb #ca981d19
 @dataclass(frozen=True)
 class Work:
     "What something costs; `a + b` is one after the other, `a*n` is n times with nothing kept."
@@ -50,7 +50,7 @@ def brief(
     "So many bytes for a moment."
     return Work(0, n)
 
-# %% ../nbs/09_estimate.ipynb #748da9bc
+# %% ../nbs/09_estimate.ipynb #eb2d3ede
 @dataclass
 class Job:
     "A run that is estimated; only shapes are looked at."
@@ -79,7 +79,7 @@ class Job:
     @cached_property
     def places(self): return list(_places(self))
 
-# %% ../nbs/09_estimate.ipynb #72d0c831
+# %% ../nbs/09_estimate.ipynb #df3b3e4b
 @dataclass(frozen=True)
 class Place:
     "A second linear that the stream comes to."
@@ -99,7 +99,7 @@ def _places(job):
             gone = 0 if c is None else steps.get(c.name, 0)*c.groups*c.second[1].shape[1]
             yield Place(b, part, c, f, f - gone)
 
-# %% ../nbs/09_estimate.ipynb #4abba81e
+# %% ../nbs/09_estimate.ipynb #87e4dc58
 def _cholesky(A, *args, **kw): return math.prod(A[:-1])*A[-1]**2/3
 def _from_cholesky(A, *args, **kw): return 2*A[-1]**3/3
 def _inverse(A, *args, **kw): return 2*math.prod(A[:-1])*A[-1]**2
@@ -119,7 +119,7 @@ def counted_work(
     with sdpa_kernel(SDPBackend.MATH), counter: run()
     return counter.get_total_flops()
 
-# %% ../nbs/09_estimate.ipynb #cf283b00
+# %% ../nbs/09_estimate.ipynb #47e76739
 class _Live(TorchDispatchMode):
     "Counts the bytes of tensors that live."
     def __init__(self):
@@ -155,7 +155,7 @@ def counted_bytes(
     with live: run()
     return live.most
 
-# %% ../nbs/09_estimate.ipynb #b65147e3
+# %% ../nbs/09_estimate.ipynb #f7b2995b
 def linear(
     rows, # outputs
     columns, # inputs
@@ -172,7 +172,7 @@ def attention(
     "Scores and weighted sums."
     return linear(block.heads, block.head_dim + block.value_dim, tokens*seqlen)
 
-# %% ../nbs/09_estimate.ipynb #83382d3a
+# %% ../nbs/09_estimate.ipynb #cf2f70d5
 def first_rows(
     job, # a `Job`
     p, # a `Place`
@@ -207,7 +207,7 @@ def head(
     "The output layer."
     return linear(job.vocabulary, job.d, tokens)
 
-# %% ../nbs/09_estimate.ipynb #345d4cda
+# %% ../nbs/09_estimate.ipynb #9fea1e51
 def activations(
     job, # a `Job`
     p, # a `Place`
@@ -218,7 +218,7 @@ def activations(
     wide = 2*b.heads*b.head_dim + 2*b.kv_heads*(b.head_dim + b.value_dim) if p.part == 'attention' else first_rows(job, p)
     return brief((wide + 3*job.d)*job.size*tokens)
 
-# %% ../nbs/09_estimate.ipynb #742f4207
+# %% ../nbs/09_estimate.ipynb #ecaa75be
 def states(
     job, # a `Job`
 ):
@@ -232,7 +232,7 @@ def inputs(
     "Bytes of the inputs of a second linear."
     return job.tokens*columns*job.size
 
-# %% ../nbs/09_estimate.ipynb #0d7e8299
+# %% ../nbs/09_estimate.ipynb #4a486aaf
 def gram(
     job, # a `Job`
     f, # columns
@@ -255,7 +255,7 @@ def cross(
     converted = 0 if job.size == 4 else 4*job.batch*(m + k)
     return hold(4*m*k) + linear(m, k, job.tokens) + brief(converted + 4*m*k)
 
-# %% ../nbs/09_estimate.ipynb #7cffecf1
+# %% ../nbs/09_estimate.ipynb #b1df88a9
 def solve(
     m, # rows of the matrix
     k, # right sides
@@ -299,7 +299,7 @@ def aimed(
     total += hold(4*m*m + job.size*m*d)                    # kept rows and columns, and the old weight
     return total + brief(4*m*p.f) + solve(m, d, 4 if job.ridge.towards == 'weights' else 3)
 
-# %% ../nbs/09_estimate.ipynb #fb80612d
+# %% ../nbs/09_estimate.ipynb #1f9c63ff
 def kept_activations(
     job, # a `Job`
     tokens, # tokens at the same time
@@ -332,7 +332,7 @@ def backward(
     logits = 12*batch*job.vocabulary                       # logarithms, and the gradients of the loss and of these
     return passes + heads + gradients + head(job, tokens)*2 + brief(kept + logits)
 
-# %% ../nbs/09_estimate.ipynb #c6e535bc
+# %% ../nbs/09_estimate.ipynb #6929ad80
 class Held:
     "What is held at the same time, while works are done one after the other."
     def __init__(self): self.flops, self.most, self.bytes = 0, 0, {}
@@ -355,7 +355,7 @@ class Held:
     @property
     def work(self): return Work(self.flops, self.most)
 
-# %% ../nbs/09_estimate.ipynb #d780b737
+# %% ../nbs/09_estimate.ipynb #28fd2ad4
 class _Walk:
     "One stream over all blocks."
     def __init__(self, job, needs, visit):
@@ -418,7 +418,7 @@ class _Walk:
         self.held.do(Work(), after=self.S)
         self.held.free('after', 'attention', 'attention_out')
 
-# %% ../nbs/09_estimate.ipynb #8743b630
+# %% ../nbs/09_estimate.ipynb #cba362f3
 def walking(
     job, # a `Job`
     needs=Needs(), # what must be there at a visit
@@ -428,7 +428,7 @@ def walking(
     if needs.text: return _Walk(job, needs, visit).run()
     return sum((visit(job, p, 'second') for p in job.places if p.coupling is not None), Work())
 
-# %% ../nbs/09_estimate.ipynb #c74f3c06
+# %% ../nbs/09_estimate.ipynb #62556304
 @patch
 def visit_work(self:Method,
     job, # a `Job`
@@ -445,7 +445,7 @@ def before_work(self:Method,
     "`Work` of what comes before the stream."
     return Work()
 
-# %% ../nbs/09_estimate.ipynb #18c8c35d
+# %% ../nbs/09_estimate.ipynb #4c99cf3b
 def weights(
     model, # a causal language model; may be on the meta device
 ):

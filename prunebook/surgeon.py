@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from . import estimate as cost
-from .couplings import anatomy, couplings, slice_units, weight_of
+from .couplings import couplings, slice_units, weight_of
 from .curvature import curvature, curvature_work, damped_inverse
 from .evaluate import window_losses
 from .methods import Method, Needs, Run, setting
