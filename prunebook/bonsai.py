@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from . import estimate as cost
+from . import estimate as est
 from .couplings import UNITS, OwnConfig, anatomy, couplings, set_attribute, slice_units, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
@@ -826,15 +826,15 @@ def summary(self:Bonsai):
 def before_work(self:Bonsai, job):
     "Rounds of a prior and of sub-models, on a copy of the model where the kept columns are re-fitted afterwards."
     rounds = math.ceil(job.sparsity/self.step - 1e-9)
-    prior = cost.Work() if self.prior == 'random' else cost.walking(job, visit=self._prior_work)
-    losses = cost.Work() if self.estimator == 'prior' else self._losses_work(job, job.sparsity/rounds)
-    copied = cost.weights(job.model) if self.restore else 0
-    return (cost.hold(copied) + (prior + losses)*rounds)*1
+    prior = est.Work() if self.prior == 'random' else est.walking(job, visit=self._prior_work)
+    losses = est.Work() if self.estimator == 'prior' else self._losses_work(job, job.sparsity/rounds)
+    copied = est.weights(job.model) if self.restore else 0
+    return (est.hold(copied) + (prior + losses)*rounds)*1
 
 @patch
 def _prior_work(self:Bonsai, job, p, level):
     "All inputs of a second linear in float32, and their squares; the same of its weight."
-    return cost.brief(8*job.tokens*p.f + 8*job.d*p.f)
+    return est.brief(8*job.tokens*p.f + 8*job.d*p.f)
 
 @patch
 def _losses_work(self:Bonsai, job, gone):
@@ -844,7 +844,7 @@ def _losses_work(self:Bonsai, job, gone):
     read = min(self.windows or pieces, pieces)
     texts = max(1, min(self.evaluations//8, pieces//read))
     runs, batch = self.evaluations + texts, min(read, job.run.batch_size)*seqlen
-    passes = cost.forward_blocks(job, read*seqlen, seqlen)*(runs - gone*self.evaluations) + cost.head(job, read*seqlen)*runs
-    logits = cost.brief(job.vocabulary*(job.size*batch + 8*seqlen))                               # of a batch; of a window in float32
+    passes = est.forward_blocks(job, read*seqlen, seqlen)*(runs - gone*self.evaluations) + est.head(job, read*seqlen)*runs
+    logits = est.brief(job.vocabulary*(job.size*batch + 8*seqlen))                               # of a batch; of a window in float32
     masks = sum(c.n_units for c in job.table)*self.evaluations
-    return passes + logits + cost.brief(8*masks*(1 + 2*min(1, 2*gone)))                           # in float64: all units, then those in play
+    return passes + logits + est.brief(8*masks*(1 + 2*min(1, 2*gone)))                           # in float64: all units, then those in play

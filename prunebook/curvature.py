@@ -15,7 +15,7 @@ from torch import distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
-from . import estimate as cost
+from . import estimate as est
 from .couplings import anatomy, weight_of
 from .models import decoder_linears
 from .plan import check_numbers
@@ -230,10 +230,10 @@ def curvature_work(
     "`Work` of `curvature`."
     seqlen = job.seqlen - 1
     read, at_once = windows*seqlen, min(windows, batch or job.run.gradient_batch)*seqlen
-    sums = [cost.gram(job, r, read, at_once) for r in _widths(job, names, left)]
-    passes = cost.backward(job, read, at_once, seqlen, checkpoint=job.run.lean, left=left)
-    products = cost.Work(sum(s.flops for s in sums))
-    return cost.hold(sum(s.left for s in sums)) + passes + products
+    sums = [est.gram(job, r, read, at_once) for r in _widths(job, names, left)]
+    passes = est.backward(job, read, at_once, seqlen, checkpoint=job.run.lean, left=left)
+    products = est.Work(sum(s.flops for s in sums))
+    return est.hold(sum(s.left for s in sums)) + passes + products
 
 # %% ../nbs/50_curvature.ipynb #7a20811e
 def damped_inverse(

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2FN
 from transformers.masking_utils import eager_mask
-from . import estimate as cost
+from . import estimate as est
 from .couplings import UNITS, anatomy, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
@@ -453,29 +453,29 @@ def block_errors(
 def visit_work(self:Depth2, job, p, level='second'):
     "Moments and a fit at a first level, scores and a fit at a second."
     if level == 'first': return self._first_work(job, p)
-    scores = cost.brief(8*max(job.batch, job.d)*p.f)
+    scores = est.brief(8*max(job.batch, job.d)*p.f)
     if not self.restore: return scores
     fitted = p.m if self.restore is True else p.f
-    return (scores + cost.gram(job, p.f) + cost.aimed(job, p, bool(self.trust), fitted))*1
+    return (scores + est.gram(job, p.f) + est.aimed(job, p, bool(self.trust), fitted))*1
 
 @patch
 def _first_work(self:Depth2, job, p):
     "Second moments twice (sums and means), and new weights of the first linears."
-    d, rows = job.d, cost.first_rows(job, p)
-    moments = cost.gram(job, d) + cost.brief(4*job.batch*d) + cost.hold(4*d*d)
+    d, rows = job.d, est.first_rows(job, p)
+    moments = est.gram(job, d) + est.brief(4*job.batch*d) + est.hold(4*d*d)
     if not self.needs.dense or self.restore == 'one_step' or p.m == p.f: return moments*1
-    targets = cost.hold(4*d*d) + cost.cross(job, d, d) + cost.hold(-4*d*d)
-    right = cost.linear(d, d, rows) + cost.brief(4*rows*d) + cost.hold(4*rows*d + job.size*rows*d)          # and the old weights
-    return (moments + targets + right + cost.solve(d, rows, 4 if self.towards == 'weights' else 3))*1
+    targets = est.hold(4*d*d) + est.cross(job, d, d) + est.hold(-4*d*d)
+    right = est.linear(d, d, rows) + est.brief(4*rows*d) + est.hold(4*rows*d + job.size*rows*d)          # and the old weights
+    return (moments + targets + right + est.solve(d, rows, 4 if self.towards == 'weights' else 3))*1
 
 @patch
 def before_work(self:Depth2, job):
     "Attention maps where heads are compared; a walk over random tokens where they give the moments."
-    total = cost.Work()
+    total = est.Work()
     if self.heads == 'similarity' and _whole_heads(self.units):
         few = replace(job.run, batch_size=min(4, job.run.batch_size))
         some = replace(job, tokens=min(self.map_windows, job.windows)*job.seqlen, run=few)
         maps = some.batch*min(128, job.seqlen)*max(p.block.heads for p in job.places)        # probabilities of some rows
-        total += cost.walking(some) + cost.brief(28*maps)            # in float32, and three times in float64
-    if self.sigma == 'random': total += cost.walking(job, Needs(firsts=True), lambda job, p, level: cost.gram(job, job.d)*1 if level == 'first' else cost.Work())
+        total += est.walking(some) + est.brief(28*maps)            # in float32, and three times in float64
+    if self.sigma == 'random': total += est.walking(job, Needs(firsts=True), lambda job, p, level: est.gram(job, job.d)*1 if level == 'first' else est.Work())
     return total

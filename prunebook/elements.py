@@ -10,7 +10,7 @@ __all__ = ['element_costs', 'keep_strongest', 'refit_kept', 'prune_elements', 's
 import math, warnings
 import torch
 from tqdm.auto import tqdm
-from . import estimate as cost
+from . import estimate as est
 from .couplings import weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows, input_leaders
 from .methods import Method, Run
@@ -397,9 +397,9 @@ def elements_work(
     names = list(linears)
     shapes = [tuple(weight_of(l).shape) for l in linears.values()]
     read = [weight_of(linears[n]).shape[1] for n in set(input_leaders(model, names).values())]
-    job = cost.Job(model, Method(), tokens)
+    job = est.Job(model, Method(), tokens)
     width = max(p.f for p in job.places)
-    waits = 2*cost.states(job) + cost.inputs(job, width)
+    waits = 2*est.states(job) + est.inputs(job, width)
     weights = n_parameters([model])*model.dtype.itemsize
     memory = weights + waits + 24*width**2 + 40*max(r*c for r, c in shapes)
     forward = 2*sum(r*c for r, c in shapes)*tokens

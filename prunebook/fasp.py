@@ -9,7 +9,7 @@ __all__ = ['column_scores', 'rank_correlation', 'FASP']
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
-from . import estimate as cost
+from . import estimate as est
 from .methods import Method
 
 # %% ../nbs/20_fasp.ipynb #3c2eecc7
@@ -42,5 +42,5 @@ class FASP(Method):
 @patch
 def visit_work(self:FASP, job, p, level='second'):
     "A Gram matrix and magnitudes of the weights for the score, and the fit."
-    fit = cost.refit(job, p) if self.restore else cost.Work()
-    return (cost.gram(job, p.f) + cost.brief(8*job.d*p.f) + fit)*1
+    fit = est.refit(job, p) if self.restore else est.Work()
+    return (est.gram(job, p.f) + est.brief(8*job.d*p.f) + fit)*1

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
-from . import estimate as cost
+from . import estimate as est
 from .couplings import anatomy
 from .curvature import curvature, curvature_work
 from .fasp import column_scores
@@ -385,34 +385,34 @@ def _repaired(self:Recipe, v, keep):
 @patch
 def visit_work(self:Recipe, job, p, level='second'):
     "Second moments, scores, another basis where there is one, and a fit."
-    total = cost.gram(job, p.f) + self._score_work(job, p)
+    total = est.gram(job, p.f) + self._score_work(job, p)
     if self._turns_at(p) and p.m < p.f: total += _basis_work(job, p) + _turn_work(job, p)
-    if self.restore: total += cost.aimed(job, p) if self.needs.dense else cost.refit(job, p)
+    if self.restore: total += est.aimed(job, p) if self.needs.dense else est.refit(job, p)
     return total*1
 
 @patch
 def _turns_at(self:Recipe, p): return self.turn and p.coupling is not None and p.coupling.unit.turns
 
 @patch
-def _score_work(self:Recipe, job, p): return _basis_work(job, p) if self._turns_at(p) else cost.brief(8*job.d*p.f)
+def _score_work(self:Recipe, job, p): return _basis_work(job, p) if self._turns_at(p) else est.brief(8*job.d*p.f)
 
 def _basis_work(job, p):
     "The basis of the values of each head (`_value_basis`)."
     b, d = p.block, job.d
-    products = cost.linear(b.heads, 2*b.value_dim**2, d) + cost.linear(3*b.kv_heads, b.value_dim**2, b.value_dim)
-    return products + cost.brief(16*d*p.f + 8*p.f**2)
+    products = est.linear(b.heads, 2*b.value_dim**2, d) + est.linear(3*b.kv_heads, b.value_dim**2, b.value_dim)
+    return products + est.brief(16*d*p.f + 8*p.f**2)
 
 def _turn_work(job, p):
     "Values, second moments and inputs in another basis (`Visit.turn`)."
     b, d, f = p.block, job.d, p.f
-    products = cost.linear(2*f, f, f) + cost.linear(f, f, job.tokens) + cost.Work(2*f**3) + cost.linear(f, f, d) + cost.linear(b.kv_heads*b.value_dim, b.value_dim, d)
-    return products + cost.brief(40*f*f + 16*d*f) + cost.brief(cost.inputs(job, f) + 8*job.batch*f)
+    products = est.linear(2*f, f, f) + est.linear(f, f, job.tokens) + est.Work(2*f**3) + est.linear(f, f, d) + est.linear(b.kv_heads*b.value_dim, b.value_dim, d)
+    return products + est.brief(40*f*f + 16*d*f) + est.brief(est.inputs(job, f) + 8*job.batch*f)
 
 # %% ../nbs/70_recipe.ipynb #e09a0001
 @patch
 def before_work(self:Recipe, job):
     "Probes: a walk with trials, and for each trial a pass from its block to the logits."
-    if self.allocation == 'uniform': return cost.Work()
+    if self.allocation == 'uniform': return est.Work()
     if self.allocation == 'curvature': return self._curved_work(job)
     measured = min(self.measure_windows, max(1, job.windows//8), job.windows - 1)
     seqlen, depth = min(self.measure_seqlen, job.seqlen), len(job.places)//2
@@ -420,10 +420,10 @@ def before_work(self:Recipe, job):
     trials = {c.name: len(self._counts(c)) for c in job.table}
     riders = 1 + sum(trials.values())
     blocks = depth + sum(n*(depth - c.layer) for c, n in zip(job.table, trials.values()))    # that riders run through
-    passes = cost.forward_blocks(job, ids, seqlen)*(blocks/depth) + cost.head(job, ids)*riders
-    look = cost.walking(fits, Needs(everywhere=True), self._trials_work)
-    logits = cost.brief(24*ids*job.vocabulary)                  # of two models, their logarithms, and the divergence
-    return (cost.hold(riders*ids*job.d*job.size) + look + passes + logits)*1
+    passes = est.forward_blocks(job, ids, seqlen)*(blocks/depth) + est.head(job, ids)*riders
+    look = est.walking(fits, Needs(everywhere=True), self._trials_work)
+    logits = est.brief(24*ids*job.vocabulary)                  # of two models, their logarithms, and the divergence
+    return (est.hold(riders*ids*job.d*job.size) + look + passes + logits)*1
 
 @patch
 def _counts(self:Recipe, c):
@@ -434,18 +434,18 @@ def _counts(self:Recipe, c):
 @patch
 def _trials_work(self:Recipe, job, p, level):
     "What is seen in the basis in which units leave, then a fit for each trial."
-    if p.coupling is None: return cost.Work()
+    if p.coupling is None: return est.Work()
     d, f, turned = job.d, p.f, self._turns_at(p)
-    total = cost.gram(job, f) + self._score_work(job, p)
-    if turned: total += _basis_work(job, p) + cost.Work(2*f**3) + cost.linear(f, f, d) + cost.linear(2*f, f, f) + cost.hold(16*f*f + 8*d*f) + cost.brief(24*f*f)
+    total = est.gram(job, f) + self._score_work(job, p)
+    if turned: total += _basis_work(job, p) + est.Work(2*f**3) + est.linear(f, f, d) + est.linear(2*f, f, f) + est.hold(16*f*f + 8*d*f) + est.brief(24*f*f)
     for k in self._counts(p.coupling):
         left = replace(p, m=f - k*p.coupling.groups*p.coupling.second[1].shape[1])
-        if self.restore: total += cost.refit(job, left, 8 if turned else None)*1
-        total += cost.linear(d, f, f) + cost.brief(16*d*f) if turned else cost.brief(2*job.size*d*f)
+        if self.restore: total += est.refit(job, left, 8 if turned else None)*1
+        total += est.linear(d, f, f) + est.brief(16*d*f) if turned else est.brief(2*job.size*d*f)
     return total*1
 
 @patch
 def _curved_work(self:Recipe, job):
     "The curvature at second linears, and a walk with an inverse at each."
     curved = curvature_work(job, [c.second[0] for c in job.table], job.windows, batch=4)
-    return (curved + cost.walking(job, visit=lambda job, p, level: (cost.gram(job, p.f) + cost.inverse(p.f) + cost.brief(16*p.f**2))*1))*1
+    return (curved + est.walking(job, visit=lambda job, p, level: (est.gram(job, p.f) + est.inverse(p.f) + est.brief(16*p.f**2))*1))*1

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from . import estimate as cost
+from . import estimate as est
 from .couplings import anatomy, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
@@ -394,28 +394,28 @@ class Taylor(Method):
 @patch
 def visit_work(self:Magnitude, job, p, level='second'):
     "Squares of all tied weights, and one more copy of the widest."
-    squares = 4*(cost.first_rows(job, p) + 2*p.f)*job.d
-    return cost.brief(squares) + Method.visit_work(self, job, p)
+    squares = 4*(est.first_rows(job, p) + 2*p.f)*job.d
+    return est.brief(squares) + Method.visit_work(self, job, p)
 
 @patch
 def visit_work(self:WandaSp, job, p, level='second'):
     "Inputs and their squares, one batch at a time; weights and their magnitudes."
-    return cost.brief(8*job.batch*p.f) + cost.brief(8*job.d*p.f) + Method.visit_work(self, job, p)
+    return est.brief(8*job.batch*p.f) + est.brief(8*job.d*p.f) + Method.visit_work(self, job, p)
 
 @patch
 def before_work(self:FLAP, job):
     "A look at the dense model: deviations and their squares of a batch, in float64; the same of the weights."
-    moments = lambda job, p, level: cost.brief(16*max(job.batch, job.d)*p.f)
-    return cost.walking(job, visit=moments)
+    moments = lambda job, p, level: est.brief(16*max(job.batch, job.d)*p.f)
+    return est.walking(job, visit=moments)
 
 @patch
 def visit_work(self:FLAP, job, p, level='second'):
     "What is lost, and weights that make a constant of the kept inputs."
     if self.restore in (True, False): return Method.visit_work(self, job, p)
-    lost = cost.brief((8 + job.size)*(p.f - p.m)*job.d)
+    lost = est.brief((8 + job.size)*(p.f - p.m)*job.d)
     if self.restore == 'bias': return lost
-    matrix = cost.brief(4*p.m*p.f) + cost.hold(4*p.m**2)             # kept rows, then kept columns of them
-    return (cost.gram(job, p.f) + cost.brief(8*job.batch*p.f) + matrix + cost.solve(p.m, 1, 3) + cost.hold(-4*p.m**2) + lost + cost.brief(16*job.d*p.m))*1
+    matrix = est.brief(4*p.m*p.f) + est.hold(4*p.m**2)             # kept rows, then kept columns of them
+    return (est.gram(job, p.f) + est.brief(8*job.batch*p.f) + matrix + est.solve(p.m, 1, 3) + est.hold(-4*p.m**2) + lost + est.brief(16*job.d*p.m))*1
 
 # %% ../nbs/10_scores.ipynb #83b3ae45
 @patch
@@ -425,5 +425,5 @@ def before_work(self:Taylor, job):
     read = min(self.samples or job.windows, job.windows)
     names = dict.fromkeys(n for c in job.table for n in module_names(c))
     weights = sum(weight_of(job.model.get_submodule(n)).numel() for n in names)
-    passes = cost.backward(job, read*seqlen, min(read, job.run.gradient_batch)*seqlen, seqlen, weights)
-    return (cost.hold(4*weights) + passes + cost.hold(job.size*weights) + cost.brief(4*weights))*1
+    passes = est.backward(job, read*seqlen, min(read, job.run.gradient_batch)*seqlen, seqlen, weights)
+    return (est.hold(4*weights) + passes + est.hold(job.size*weights) + est.brief(4*weights))*1

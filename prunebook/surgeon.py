@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from . import estimate as cost
+from . import estimate as est
 from .couplings import couplings, slice_units, weight_of
 from .curvature import curvature, curvature_work, damped_inverse
 from .evaluate import window_losses
@@ -598,7 +598,7 @@ def run(self:Surgeon, ctx):
 def before_work(self:Surgeon, job):
     "Shots of curvature with rounds of costs and updates; the model gets smaller in equal steps."
     read = max(1, job.windows//(self.shots if self.fresh else 1))
-    steps, total = self.shots*self.rounds, cost.Work()
+    steps, total = self.shots*self.rounds, est.Work()
     lost = lambda p: (1 - p.m/p.f)/steps
     for i in range(self.shots):
         left = lambda p, k=0: 1 - lost(p)*(i*self.rounds + k)
@@ -609,25 +609,25 @@ def before_work(self:Surgeon, job):
     return total
 
 @patch
-def visit_work(self:Surgeon, job, p, level='second'): return cost.Work()
+def visit_work(self:Surgeon, job, p, level='second'): return est.Work()
 
 @patch
 def _round_work(self:Surgeon, job, left, lost):
     "Costs of all units, then updates; without `lean`, inverses are kept from one to the other."
-    costs = updates = cost.Work()
+    costs = updates = est.Work()
     for p in job.places:
         if p.coupling is None: continue
         d, f, gone = job.d, round(p.f*left(p)), p.f*lost(p)
-        invert = cost.inverse(f)*1 if job.run.lean else cost.inverse(f)
-        costs += invert + cost.linear(f, d, d) + cost.brief(8*d*d + 32*d*f)                            # weights four times
-        removal = cost.Work(2*gone**3/3 + 2*gone**2*d) + cost.linear(f, gone, d) + cost.brief(8*f*gone + 16*gone**2 + 24*d*f)
-        shrunk = cost.brief(8*d*f + 4*f*(f - gone) + 4*(f - gone)**2)                             # rows of the factor, then columns of these
-        updates += (cost.inverse(f)*1 if job.run.lean else cost.Work()) + removal + shrunk
+        invert = est.inverse(f)*1 if job.run.lean else est.inverse(f)
+        costs += invert + est.linear(f, d, d) + est.brief(8*d*d + 32*d*f)                            # weights four times
+        removal = est.Work(2*gone**3/3 + 2*gone**2*d) + est.linear(f, gone, d) + est.brief(8*f*gone + 16*gone**2 + 24*d*f)
+        shrunk = est.brief(8*d*f + 4*f*(f - gone) + 4*(f - gone)**2)                             # rows of the factor, then columns of these
+        updates += (est.inverse(f)*1 if job.run.lean else est.Work()) + removal + shrunk
     return (costs + updates)*1
 
 def _correction_work(job, windows, left):
     "Slopes, and one look at the loss."
     weights = sum(p.f*job.d for p in job.places if p.coupling is not None)
     batch = min(windows, job.run.gradient_batch)
-    slopes = cost.backward(job, windows*(job.seqlen - 1), batch*(job.seqlen - 1), job.seqlen - 1, weights, left=left)
-    return slopes + cost.forward_blocks(job, windows*job.seqlen, job.seqlen, left) + cost.head(job, windows*job.seqlen)
+    slopes = est.backward(job, windows*(job.seqlen - 1), batch*(job.seqlen - 1), job.seqlen - 1, weights, left=left)
+    return slopes + est.forward_blocks(job, windows*job.seqlen, job.seqlen, left) + est.head(job, windows*job.seqlen)
