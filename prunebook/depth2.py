@@ -17,7 +17,7 @@ from transformers.masking_utils import eager_mask
 from . import estimate as est
 from .couplings import UNITS, anatomy, weight_of
 from .methods import Method, Needs, setting
-from .models import decoder_linears, n_parameters
+from .models import decoder_linears
 from .plan import check_numbers, uniform_steps
 from .repair import double_device
 from .sources import as_source

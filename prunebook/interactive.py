@@ -19,7 +19,7 @@ from .evaluate import continuation, perplexity
 from .fasp import FASP
 from .pruning import prune
 from .models import decoder_linears, n_parameters
-from .plan import global_steps, keep_after, uniform_steps
+from .plan import global_steps, uniform_steps
 from .surgeon import unit_costs
 from .text import Windows
 

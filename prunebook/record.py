@@ -14,7 +14,7 @@ import re
 import statistics
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
