@@ -265,5 +265,6 @@ def test_code_of_the_readme_is_run():
 
 def test_commands_of_the_readme_are_targets():
     targets = set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M))
-    named = set(re.findall(r'(?:^|`)make (?:[A-Z]+=\S+ )*([a-z-]+)\b', readme(), re.M))
+    text = readme() + (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    named = set(re.findall(r'(?:^|`)make (?:[A-Z]+=\S+ )*([a-z-]+)\b', text, re.M))
     assert {'demo', 'test', 'docs-check'} <= named <= targets
