@@ -108,6 +108,9 @@ def cmd_prune(
     # measure before and after: perplexity, parameters, memory, speed, text;
     # keeps the dense model in memory for it
     report:store_true=False,
+    # zero-shot tasks for the report, or files of questions, separated by commas (needs the extra `eval`)
+    tasks:str='',
+    limit:int=None, # questions of each task, the first ones; all by default
     force:store_true=False, # replace the output folder if it is one of ours
     json:store_true=False, # print the result as JSON
     trust_remote_code:store_true=False, # run code that comes with the model
@@ -127,6 +130,8 @@ def cmd_prune(
         raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
     run = _run_of(batch_size, log, lean)
     method, bos = _method(method, settings), _bos(bos)
+    if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
+    asked = _tasks(tasks, limit), limit
     if resume and not stream:
         raise ValueError('--resume goes on with a run of --stream; '
                          'other runs keep their progress in the file of --log.')
@@ -142,7 +147,7 @@ def cmd_prune(
     with _place(out, model, sparsity, device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust_remote_code)
         calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n, bos)
-        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, sparsity, report, run)
+        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, sparsity, report, run, asked)
         shown = _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, **took), states)
     if _is_first(): print(shown)
 
@@ -245,20 +250,20 @@ def _estimate(model, method, windows, sparsity, run):
     return f'This needs about {w["bytes"]/2**30:.1f} GiB and {work} (estimates).'
 
 # %% ../nbs/99_cli.ipynb #b24a2876
-def _state(model, tokenizer, windows, which):
+def _state(model, tokenizer, windows, which, asked):
     "A `State`, announced."
     from prunebook.record import State
     _say(f'Measuring the {which} model on {windows!r} ...')
-    return State.of(model, tokenizer, {windows.source: windows})
+    return State.of(model, tokenizer, {windows.source: windows}, *asked)
 
-def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run):
+def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run, asked=()):
     "The pruned model, its plan, what it took, and for a report the states before and after and the speeds."
     from copy import deepcopy
     from prunebook.pruning import prune
     from prunebook.record import paired_speed, timed, timed_forward
     _say(f'Calibration: {calibration!r}')
     _say(_estimate(net, method, calibration, sparsity, run))
-    before = _state(net, tokenizer, test, 'dense') if report else None
+    before = _state(net, tokenizer, test, 'dense', asked) if report else None
     _say(f'Pruning with {method} ...')
     forward = timed_forward(net, calibration) if report else None
     target = deepcopy(net) if report else net
@@ -266,7 +271,7 @@ def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run):
     (small, plan), seconds, extra = timed(pruning, net.device, forward)
     took = dict(seconds=seconds, peak_extra_bytes=extra)
     if not report: return small, plan, took, None
-    after = _state(small, tokenizer, test, 'pruned')
+    after = _state(small, tokenizer, test, 'pruned', asked)
     _say('Timing both in turn ...')
     return small, plan, took, (before, after, paired_speed(net, small))
 
@@ -275,8 +280,11 @@ def _report(out, plan, record, before, after, speed):
     "Write report.md, report.png and report.json into a folder."
     from prunebook.evaluate import plot_report, report_table
     from prunebook.plan import write_atomic
+    from prunebook.tasks import task_table
     b, a = before.report(speed['before']), after.report(speed['after'])
-    write_atomic(out/'report.md', f'{plan!r}\n\n{report_table(b, a, speed["ratio"])}\n')
+    tables = [report_table(b, a, speed['ratio'])]
+    if after.tasks: tables.append(task_table(before.tasks, after.tasks))
+    write_atomic(out/'report.md', '\n\n'.join([repr(plan), *tables]) + '\n')
     title = f'{plan.method}, {plan.true_sparsity:.1%} of the decoder removed'
     plot_report(b, a, title, speed['ratio']).savefig(out/'report.png', dpi=120)
     write_atomic(out/'report.json', record.text())
@@ -316,6 +324,15 @@ def _plain_measure(m):
     found = dict(value=p.value, stderr=p.stderr, windows=len(p.losses))
     return {**m, 'perplexity': found, 'losses': p.losses.tolist()}
 
+def _tasks(names, limit):
+    "Names of tasks from an option. Raises `ValueError` or `FileNotFoundError` for a file of something else, or a limit that is none."
+    from prunebook.tasks import task_file, task_form
+    if limit is not None and limit < 1: raise ValueError(f'--limit is {limit}; it is a number of questions, at least 1.')
+    found = [n.strip() for n in names.split(',') if n.strip()]
+    for file in filter(None, map(task_file, found)): task_form(file)
+    return found
+
+
 # %% ../nbs/99_cli.ipynb #7a273feb
 def cmd_eval(
     model:str, # smollm2-135m, a model folder (pruned or not), or a hub id
@@ -325,26 +342,31 @@ def cmd_eval(
     bos:str='auto',
     n:int=64, # windows, at most
     seqlen:int=512, # tokens in a window
-    tasks:str='', # names of lm_eval tasks, separated by commas (needs the extra `eval`)
+    # zero-shot tasks, or files of questions, separated by commas (needs the extra `eval`)
+    tasks:str='',
+    limit:int=None, # questions of each task, the first ones; all by default
     device:str=None, # a torch device; a GPU if there is one, by default
     dtype:str=None, # float32, bfloat16 or float16; by default what the device multiplies fast
     json:store_true=False, # print the result as JSON
     trust_remote_code:store_true=False, # run code that comes with the model
 ):
     "Perplexity with its error, parameters, memory, speed and a sample of text of one model."
-    from prunebook.evaluate import _lines, measure, zero_shot
+    from prunebook.evaluate import _lines, measure
     from prunebook.record import machine, strict_json
+    from prunebook.tasks import zero_shot
     from prunebook.text import load_windows
     bos = _bos(bos)
     net, tokenizer = _load(model, device, dtype, trust_remote_code)
     windows = load_windows(_text(text), net, tokenizer, n, seqlen, evaluation=True, bos=bos)
     _say(f'Measuring the given model on {windows!r} ...')
     m = measure(net, tokenizer, windows)
-    scores = zero_shot(net, tokenizer, tasks.split(',')) if tasks else {}
-    if json: return print(strict_json({**_plain_measure(m), 'tasks': scores, 'machine': machine(net)}))
+    scores = zero_shot(net, tokenizer, _tasks(tasks, limit), limit) if tasks else {}
+    if json:
+        right = {t: s.plain() for t, s in scores.items()}
+        return print(strict_json({**_plain_measure(m), 'tasks': right, 'machine': machine(net)}))
     for label, _, shown in _lines(m): print(f'{label:22} {shown}')
     for label in ('windows', 'sample'): print(f'{label:22} {m[label]}')
-    for t, r in scores.items(): print(f'{t:22} {r}')
+    for t, s in scores.items(): print(f'{t:22} {s}')
 
 # %% ../nbs/99_cli.ipynb #eed43238
 def _anatomy_record(net):

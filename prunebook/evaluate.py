@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['window_losses', 'Perplexity', 'perplexity', 'loss_difference', 'weight_bytes', 'peak_memory', 'counted_flops',
-           'speed', 'continuation', 'measure', 'report_table', 'plot_report', 'zero_shot']
+           'speed', 'continuation', 'measure', 'report_table', 'plot_report']
 
 # %% ../nbs/02_evaluate.ipynb #3f2c4b8a
 import ctypes, math, os, re, statistics, sys, time
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from .models import decoder_linears, n_parameters
-from .text import _past, beginning
+from .text import _past
 
 # %% ../nbs/02_evaluate.ipynb #df4f0451
 @torch.no_grad()
@@ -273,26 +273,3 @@ def plot_report(
         ax.invert_yaxis()
         ax.set(xlabel='after / before', title=title, xlim=(0, 1.25*reach))
     return fig
-
-# %% ../nbs/02_evaluate.ipynb #62ff0a76
-def zero_shot(
-    model, # a causal language model in memory
-    tokenizer, # its tokenizer
-    tasks, # names of `lm_eval` tasks, or one name
-    task_folder=None, # folder with task files of your own
-    limit=None, # examples per task; all by default
-    batch_size=8, # requests in a forward pass
-):
-    "Results of `lm_eval` tasks: task -> metric -> value. Raises `ImportError` without the extra `eval`."
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as e:
-        raise ImportError('Zero-shot tasks need lm_eval: pip install "prunebook[eval]"') from e
-    bos = bool(beginning(tokenizer))
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
-    manager = TaskManager(include_path=str(task_folder) if task_folder else None)
-    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    r = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)
-    return {t: {k: v for k, v in m.items() if isinstance(v, (int, float))} for t, m in r['results'].items()}

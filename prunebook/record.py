@@ -14,7 +14,7 @@ import re
 import statistics
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +26,7 @@ from .evaluate import Perplexity, continuation, peak_memory, speed, weight_bytes
 from .models import decoder_linears, n_parameters
 from .plan import _versions, model_fingerprint
 from .save import fits_stock_class
+from .tasks import score_difference, zero_shot
 from .text import Windows
 
 # %% ../nbs/65_record.ipynb #3abe8fa3
@@ -89,17 +90,22 @@ class State:
     linear_parameters: int # of the decoder blocks' linear layers
     bytes: int # of the weights in memory
     sample: str # what the model writes
+    tasks: dict = field(default_factory=dict) # `TaskScore` by name of the task
 
     @classmethod
     def of(cls,
         model, # a causal language model
         tokenizer, # its tokenizer
         texts, # evaluation `Windows` by name of the text
+        tasks=(), # names of zero-shot tasks, or paths of files of questions
+        limit=None, # questions of each task; all by default
     ):
         "Measure a model."
         linear = n_parameters(decoder_linears(model).values())
         found = {t: quality(model, tokenizer, w) for t, w in texts.items()}
-        return cls(found, n_parameters([model]), linear, weight_bytes(model), continuation(model, tokenizer))
+        right = zero_shot(model, tokenizer, tasks, limit) if tasks else {}
+        sizes = n_parameters([model]), linear, weight_bytes(model)
+        return cls(found, *sizes, continuation(model, tokenizer), right)
 
     def report(self,
         speed, # tokens per second, from `paired_speed`
@@ -110,6 +116,12 @@ class State:
         return dict(perplexity=main.perplexity, windows=main.evaluation, speed=speed, **sizes)
 
 # %% ../nbs/65_record.ipynb #r65c0024
+def _task_pair(before, after):
+    "Scores of a task before, if it was asked then, and after, and the change with its error."
+    if before is None: return dict(after=after.plain())
+    change, stderr = score_difference(before, after)
+    return dict(before=before.plain(), after=after.plain(), change=dict(value=change, stderr=stderr))
+
 def side_by_side(
     before, # `State` of the dense model
     after, # `State` of the pruned model
@@ -121,6 +133,7 @@ def side_by_side(
     for t in after.quality:
         b, a = before.quality[t].plain(), after.quality[t].plain()
         texts[t] = dict(evaluation=a['evaluation'], **pair(b, a, ('perplexity', 'losses', 'last_words')))
+    r['tasks'] = {t: _task_pair(before.tasks.get(t), s) for t, s in after.tasks.items()} or None
     main, *others = texts.values() if texts else [{}]
     return {**r, **main, 'other_texts': dict(zip([*texts][1:], others)) or None}
 
@@ -281,6 +294,7 @@ class Record:
     losses: dict = None # of every window, nats per token
     last_words: dict = None # share of last words known, standard error, number of words
     other_texts: dict = None # by name: the four entries above for further texts
+    tasks: dict = None # zero-shot tasks by name: items right, before and after, and the change
     parameters: dict = None # of all tensors
     linear_parameters: dict = None # of the decoder blocks' linear layers
     bytes: dict = None # of the weights in memory

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from prunebook import evaluate
 from prunebook.evaluate import (Perplexity, counted_flops, loss_difference, measure, peak_memory, perplexity, plot_report, report_table,
-                                speed, weight_bytes, window_losses, zero_shot)
+                                speed, weight_bytes, window_losses)
 from prunebook.couplings import anatomy
 from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model
 from prunebook.text import Windows, load_windows, random_tokens, self_generated
@@ -347,121 +347,6 @@ def test_report_of_one_window(pair):
     fig = plot_report(before, after)
     try: assert len(fig.axes[0].patches) >= 6 and math.isfinite(fig.axes[0].get_xlim()[1])
     finally: plt.close('all')
-
-
-# ---- zero-shot tasks ------------------------------------------------------------------------------------------------
-
-QUESTIONS = [('Is grass green?', 0), ('Is water wet?', 0), ('Is fire cold?', 1), ('Is snow white?', 0)]
-TASK = '''task: prunebook_yes_no
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-  cache_dir: {cache}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: label
-doc_to_choice: ["y", "n"]
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-'''
-
-
-@pytest.fixture(scope='module')
-def tasks(tmp_path_factory):
-    pytest.importorskip('lm_eval')
-    folder = tmp_path_factory.mktemp('tasks')
-    data = tmp_path_factory.mktemp('data')/'questions.jsonl'
-    data.write_text(''.join(json.dumps(dict(question=q, label=a)) + '\n' for q, a in QUESTIONS))
-    (folder/'yes_no.yaml').write_text(TASK.format(data=json.dumps(str(data)), cache=json.dumps(str(data.parent/'cache'))))
-    return folder
-
-
-@pytest.fixture
-def only_ours(tasks, monkeypatch):
-    "Leaves out the index of the 13,000 task files that come with lm_eval, which takes 16 s."
-    import lm_eval.tasks
-    monkeypatch.setattr(lm_eval.tasks, 'TaskManager', functools.partial(lm_eval.tasks.TaskManager, include_defaults=False))
-    return tasks
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    "Any attempt to reach another machine is an error."
-    def refused(self, address, *_): raise AssertionError(f'a connection to {address} was tried')
-    assert os.environ['HF_HUB_OFFLINE'] == '1'             # by conftest, before anything was imported
-    monkeypatch.setattr(socket.socket, 'connect', refused)
-    monkeypatch.setattr(socket, 'getaddrinfo', lambda *a, **_: refused(None, a))
-
-
-def answering(token_id):
-    "A tiny model with a bias to one token, whatever it reads."
-    model = tiny_model('phi')
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.bias.zero_()[token_id] = 5.
-    return model
-
-
-def test_zero_shot_in_memory(only_ours, offline, tiny_tokenizer):
-    model = tiny_model('llama')
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    r = zero_shot(model, tiny_tokenizer, ['prunebook_yes_no'], only_ours, batch_size=3)
-    m = r['prunebook_yes_no']
-    assert list(r) == ['prunebook_yes_no'] and 0 <= m['acc,none'] <= 1 and all(isinstance(v, (int, float)) for v in m.values())
-    answers = []
-    for q, label in QUESTIONS:                             # the same by hand
-        ids = torch.tensor([tiny_tokenizer(q, add_special_tokens=False).input_ids + tiny_tokenizer(' ', add_special_tokens=False).input_ids])
-        with torch.no_grad(): logits = model(torch.cat([torch.ones(1, 1, dtype=torch.long), ids], 1)).logits[0, -1]
-        y, n = tiny_tokenizer('yn', add_special_tokens=False).input_ids
-        answers.append((logits[n] > logits[y]).item() == label)
-    assert m['acc,none'] == sum(answers)/4
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-
-
-@pytest.mark.parametrize('answer, limit, acc', [('y', None, .75), ('n', None, .25), ('y', 2, 1.), ('n', 2, 0.)])
-def test_zero_shot_of_a_rigged_model(only_ours, offline, tiny_tokenizer, answer, limit, acc):
-    token = tiny_tokenizer(answer, add_special_tokens=False).input_ids[0]
-    r = zero_shot(answering(token), tiny_tokenizer, ['prunebook_yes_no'], only_ours, limit=limit)['prunebook_yes_no']
-    assert r['acc,none'] == acc
-    n = limit or 4
-    assert r['acc_stderr,none'] == pytest.approx(math.sqrt(acc*(1 - acc)/(n - 1)))
-
-
-@pytest.mark.parametrize('adds', [True, False])
-def test_zero_shot_begins_as_the_tokenizer_does(only_ours, offline, tiny_tokenizer, monkeypatch, adds):
-    "Whatever the release of lm_eval does by itself: 0.4.9 leaves the token out, later ones ask the tokenizer."
-    import lm_eval.models.huggingface as harness
-    from tokenizers.processors import TemplateProcessing
-    plain, model, read = copy.deepcopy(tiny_tokenizer), tiny_model('llama'), []
-    plain.backend_tokenizer.post_processor = TemplateProcessing(single='$A', special_tokens=[])
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.extend(args[0].tolist()))
-
-    class Old(harness.HFLM):
-        def __init__(self, *args, add_bos_token=not adds, **kw): super().__init__(*args, add_bos_token=add_bos_token, **kw)
-    monkeypatch.setattr(harness, 'HFLM', Old)
-    zero_shot(model, tiny_tokenizer if adds else plain, 'prunebook_yes_no', only_ours)
-    assert len(read) >= 4 and all((row[0] == 1) == adds and 1 not in row[1:] for row in read)
-
-
-@pytest.mark.parametrize('missing', ['lm_eval', 'lm_eval.models.huggingface', 'accelerate'])
-def test_zero_shot_without_lm_eval(monkeypatch, tiny_tokenizer, missing):
-    for name in [n for n in sys.modules if n.split('.')[0] == 'lm_eval']: monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=re.escape('pip install "prunebook[eval]"')): zero_shot(tiny_model('llama'), tiny_tokenizer, ['x'])
-
-
-@pytest.mark.parametrize('extra', ['eval_requirements', 'dev_requirements'])
-def test_extra_brings_what_zero_shot_imports(extra):
-    "lm_eval 0.4.10 and later leave `accelerate`, which the Hugging Face model imports, to an extra of their own."
-    cfg = configparser.ConfigParser(delimiters=['='], interpolation=None)
-    cfg.read(Path(__file__).resolve().parent.parent/'settings.ini', encoding='utf-8')
-    assert re.search(r'^(lm_eval\[.*\bhf\b.*\]|accelerate\b)', cfg['DEFAULT']['requirements'] + cfg['DEFAULT'][extra], re.M) and re.search(r'^lm_eval', cfg['DEFAULT'][extra], re.M)
 
 
 @pytest.mark.parametrize('positions, written', [(64, 39), (28, 3), (25, 0), (20, 0)])
