@@ -435,7 +435,7 @@ def _apart(
 ):
     "Root mean square of their differences in nats; NaN if windows or numbers are missing."
     lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0
-    if not lists or any(_far(a, b, math.inf) for a, b in zip(old, new)): return math.nan
+    if not lists or any(_far(a, b, 1e9) for a, b in zip(old, new)): return math.nan
     return math.sqrt(sum((b - a)**2 for a, b in zip(old, new))/len(old))
 
 # %% ../nbs/80_bench.ipynb #b80cmp04
