@@ -7,6 +7,7 @@ __all__ = ['column_scores', 'rank_correlation', 'FASP']
 
 # %% ../nbs/20_fasp.ipynb #94139aa0
 from dataclasses import dataclass
+from typing import Literal
 import torch
 from fastcore.basics import patch
 from . import estimate as est
@@ -35,6 +36,7 @@ class FASP(Method):
     "Prune coupled columns and rows by a Wanda-style score of columns, and restore them (Hu et al. 2025)."
     name = 'fasp'
     restore: bool = True # re-fit the kept columns
+    ridge: Literal['mean', 'own'] = 'own' # `damp` is a fraction of each channel's own power
 
     def score(self, v): return v.per_unit(column_scores(v.weight, v.gram))
 

@@ -37,8 +37,8 @@ def close(a, b, rel): return a.shape == b.shape and (a - b).abs().max().item() <
 
 class Brute:
     "FASP by its definition: the whole model runs again for every matrix, removed columns are zeroed, a generic solver fits the others."
-    def __init__(self, model, w, units, sparsity, damp, towards='weights'):
-        self.m, self.w, self.damp, self.towards = copy.deepcopy(model), w, damp, towards
+    def __init__(self, model, w, units, sparsity, damp, towards='weights', ridge='own'):
+        self.m, self.w, self.damp, self.towards, self.ridge = copy.deepcopy(model), w, damp, towards, ridge
         cfg = self.m.config
         self.H, self.d = cfg.num_attention_heads, cfg.hidden_size
         self.K, self.h = getattr(cfg, 'num_key_value_heads', None) or self.H, getattr(cfg, 'head_dim', None) or self.d//self.H
@@ -80,10 +80,11 @@ class Brute:
         score, size = [sum(column[j] for j in u) for u in units], len(units)//groups
         kept = sorted(i for g in range(groups) for i in sorted(range(g*size, (g + 1)*size), key=score.__getitem__)[steps:])
         columns = sorted(j for i in kept for j in units[i])
-        delta = self.damp*(X[:, columns]**2).sum(0).mean()
+        power = (X[:, columns]**2).sum(0)
+        delta = self.damp*(power if self.ridge == 'own' else power.mean().expand(len(columns)))
         old = Wd[:, columns].T if self.towards == 'weights' else torch.zeros(len(columns), len(W), dtype=torch.float64)
-        rows = torch.cat([X[:, columns], delta.sqrt()*torch.eye(len(columns), dtype=torch.float64)])
-        U = torch.linalg.lstsq(rows, torch.cat([X @ Wd.T, delta.sqrt()*old]), driver='gelsd').solution.T
+        rows = torch.cat([X[:, columns], delta.sqrt().diag()])
+        U = torch.linalg.lstsq(rows, torch.cat([X @ Wd.T, delta.sqrt()[:, None]*old]), driver='gelsd').solution.T
         W.zero_()
         W[:, columns] = U.float()
         self.kept[name] = kept
@@ -100,12 +101,13 @@ def test_brute_force(family, config, units):
     assert not close(logits(small), logits(dense), 1e-2)
 
 
+@pytest.mark.parametrize('ridge', ['mean', 'own'])
 @pytest.mark.parametrize('towards,damp', [('zero', .1), ('weights', 1.), ('weights', 1e-4)])
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
-def test_brute_force_with_other_damping(family, towards, damp):
+def test_brute_force_with_other_damping(family, towards, damp, ridge):
     dense, w = tiny_model(family, seed=1), windows(seed=1)
-    small, plan = prune(dense, w, FASP(units=BOTH, damp=damp, towards=towards), sparsity=.4)
-    oracle = Brute(dense, w, BOTH, .4, damp, towards)
+    small, plan = prune(dense, w, FASP(units=BOTH, damp=damp, towards=towards, ridge=ridge), sparsity=.4)
+    oracle = Brute(dense, w, BOTH, .4, damp, towards, ridge)
     assert plan.kept == oracle.kept
     assert close(logits(small), logits(oracle.m), 2e-3)
 
@@ -321,7 +323,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
 def test_names_and_defaults():
     m = as_method('fasp')
     assert type(m) is FASP and m == FASP() and METHODS['fasp'] is FASP and as_method(m) is m
-    assert m.settings() == dict(units=['mlp_channel'], restore=True, damp=None, towards='weights', ridge='mean', spare=[0, 0])
+    assert m.settings() == dict(units=['mlp_channel'], restore=True, damp=None, towards='weights', ridge='own', spare=[0, 0])
     small, plan = prune(tiny_model('llama'), windows(2, 16), 'fasp')
     assert (plan.method, plan.sparsity, plan.settings) == ('fasp', .2, m.settings()) and plan.calibration == repr(windows(2, 16))
     assert random_tokens(small, 2, 8).ids.max() < 97

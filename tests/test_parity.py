@@ -21,6 +21,7 @@ from prunebook.text import random_tokens
 
 FIXTURE = Path(__file__).parent/'fixtures'/'parity.json'
 VALUES, GROUPS = ['value_channel', 'mlp_channel'], ['kv_group', 'mlp_channel']
+MEAN = dict(ridge='mean')                                  # FASP's ridge is another one since
 SETTINGS = {
     'random': ('random', {}),
     'magnitude': ('magnitude', {}),
@@ -29,10 +30,10 @@ SETTINGS = {
     'flap': ('flap', {}),
     'flap-bias': ('flap', dict(restore='bias')),
     'taylor': ('taylor', {}),
-    'fasp': ('fasp', {}),
-    'fasp-values': ('fasp', dict(units=VALUES)),
-    'fasp-groups': ('fasp', dict(units=GROUPS, towards='zero', damp=.01)),
-    'fasp-cut': ('fasp', dict(restore=False)),
+    'fasp': ('fasp', MEAN),
+    'fasp-values': ('fasp', dict(units=VALUES, **MEAN)),
+    'fasp-groups': ('fasp', dict(units=GROUPS, towards='zero', damp=.01, **MEAN)),
+    'fasp-cut': ('fasp', dict(restore=False, **MEAN)),
     'depth2': ('depth2', {}),
     'depth2-heads': ('depth2', dict(units=GROUPS, form='paper', restore='two_step', trust=1.)),
     'bonsai': ('bonsai', dict(evaluations=8, seqlen=12)),
