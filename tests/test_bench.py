@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from prunebook import bench as bench_module
 from prunebook.bench import TOLERANCE, bench, compare, finished, read_grid, recheck, run_cell
 from prunebook.cli import main
 from prunebook.evaluate import window_losses
+from prunebook.fasp import FASP, column_scores
+from prunebook.models import load_model
+from prunebook.pruning import prune
+from prunebook.repair import Ridge, damp_for
 from prunebook.record import Record, last_words, paired_speed, quality
 from prunebook.text import Windows, load_windows
 
@@ -228,3 +233,40 @@ def test_paired_speed_has_order():
     r = paired_speed(model, model, repeats=3, prompt=16, new=2)
     assert r.keys() == {'before', 'after', 'ratio'}
     for median, low, high in [v for side in r.values() for v in side.values()]: assert 0 < low <= median <= high
+
+
+# ---- a changed method does not pass for the committed one ------------------------------------------------------------
+
+SMOKE = Path(__file__).parent.parent/'results'/'smoke'
+
+def shuffled(scores): return scores[torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))]
+
+
+MUTANTS = { # what is changed in FASP
+    'nothing': {},
+    'no repair': dict(repair=lambda self, v, keep: v.weight[:, keep]),
+    'half the damping': dict(ridge_for=lambda self, tokens: Ridge(damp_for(tokens)/2, 'weights', 'own')),
+    'scores of other units': dict(score=lambda self, v: shuffled(v.per_unit(column_scores(v.weight, v.gram))))}
+
+
+@pytest.fixture(scope='module')
+def smallest():
+    "The smallest cell of FASP: the model, its windows of calibration and evaluation, and the committed record."
+    cell = read_grid(SMOKE.with_suffix('.yml'))['fasp-0.1-0']
+    model, tokenizer = load_model(cell.model, dtype=getattr(torch, cell.dtype))
+    cut = lambda w, **kw: load_windows(w['text'], model, tokenizer, w['n'], w['seqlen'], **kw)
+    return model, cut(cell.calibration), cut(cell.evaluation[0], evaluation=True), finished(cell, SMOKE)
+
+
+@pytest.mark.parametrize('mutant', MUTANTS)
+def test_a_changed_method_is_caught(monkeypatch, smallest, mutant):
+    "On the real model, against the committed record; without a change it passes, with another number of threads."
+    model, windows, test, committed = smallest
+    for name, f in MUTANTS[mutant].items(): monkeypatch.setattr(FASP, name, f)
+    torch.set_num_threads(2 if mutant == 'nothing' else 1)
+    try:
+        small, plan = prune(model, windows, 'fasp', .1)
+        losses = window_losses(small, test).tolist()
+    finally: torch.set_num_threads(1)
+    differs = compare(committed, {**committed, 'true_sparsity': plan.true_sparsity, 'losses': dict(after=losses)})
+    assert bool(differs) == (mutant != 'nothing'), differs
