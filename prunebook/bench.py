@@ -408,7 +408,7 @@ def one_cell(
     write_atomic(Path(out)/f'{name}.json', run_cell(read_grid(grid)[name]).text())
 
 # %% ../nbs/80_bench.ipynb #f1b7d133
-TOLERANCE = .01 # nats by which the loss of a window may differ, as a root mean square
+TOLERANCE = .002 # nats by which the loss of a window may differ, as a root mean square
 
 def _far(
     old, # a number

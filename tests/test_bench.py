@@ -192,7 +192,7 @@ def test_check(folder, written, tmp_path, capsys):
     q = new['losses']
     q['after'] = [x + .9*TOLERANCE*(-1)**i for i, x in enumerate(q['after'])]      # in the mean, nothing
     assert compare(old, new) == []
-    q['after'][0] += .01*len(q['after'])
+    q['after'][0] += TOLERANCE*len(q['after'])
     assert len(compare(old, new)) == 1 and len(compare(old, {**new, 'true_sparsity': .5})) == 2
 
 
