@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2FN
 from transformers.masking_utils import eager_mask
 from . import estimate as est
-from .couplings import UNITS, anatomy, weight_of
+from .couplings import UNITS, anatomy, family_of, weight_of
 from .methods import Method, Needs, setting
-from .models import decoder_linears
+from .models import decoder_linears, text_config
 from .plan import check_numbers, uniform_steps
 from .repair import double_device
 from .sources import as_source
@@ -171,8 +171,8 @@ def _mlp_rows(model, b):
 
 def _activation(model):
     "The activation function of the MLPs."
-    entries = ('hidden_activation', 'hidden_act', 'activation_function')
-    names = [getattr(model.config, e, None) for e in entries]
+    entries = ('hidden_activation', 'hidden_act', 'activation_function', 'activation')
+    names = [family_of(model).activation, *(getattr(text_config(model), e, None) for e in entries)]
     return ACT2FN[next(n for n in names if n)]
 
 # %% ../nbs/30_depth2.ipynb #222c7093
@@ -221,7 +221,7 @@ def _moments_of(source, windows, batch_size=8):
 
 def _identity_moments(model):
     "The same without any input: Σ is the identity, and nothing is measured."
-    d = model.config.hidden_size
+    d = text_config(model).hidden_size
     unit = _Moments(torch.eye(d), torch.zeros(d))
     return {(b.layer, part): (unit, None) for b in anatomy(model) for part in ('attention', 'mlp')}
 
@@ -376,7 +376,7 @@ def own_windows(self:Depth2,
 ):
     "Calibration windows where the caller has no text: random tokens if none is read."
     if self.needs.text: return Method.own_windows(self, model)
-    seqlen = min(512, getattr(model.config, 'max_position_embeddings', 512))
+    seqlen = min(512, getattr(text_config(model), 'max_position_embeddings', 512))
     return random_tokens(model, 64, seqlen, self.seed)
 
 # %% ../nbs/30_depth2.ipynb #741b41a4

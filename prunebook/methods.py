@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, couplings, family_of
-from .models import blocks, check_writable
+from .models import blocks, check_writable, text_config
 from .plan import check_type, uniform_steps
 from .repair import Ridge, damp_for
 from .text import self_generated
@@ -203,7 +203,7 @@ def table(self:Method,
 @patch
 def own_windows(self:Method, model):
     "Calibration windows where the caller has no text: the model writes them itself."
-    return self_generated(model, 64, min(512, getattr(model.config, 'max_position_embeddings', 512)))
+    return self_generated(model, 64, min(512, getattr(text_config(model), 'max_position_embeddings', 512)))
 
 # %% ../nbs/06_methods.ipynb #03ec4349
 def as_method(
@@ -274,7 +274,7 @@ def check_prunable(
         no('is sharded over processes; load it whole, and name a GPU with Run(device=...)')
     family, layers = family_of(model), blocks(model)[1]
     for i, layer in enumerate(layers):
-        for n in (*family.qkv, family.out, *family.mlp_firsts, family.mlp_second):
+        for n in family.of(layer).linears:
             if not plain_linear(layer.get_submodule(n)):
                 no(f'is quantized (block {i}, {n}); load it in bfloat16, prune, and quantize the result')
     if model.training: no('is in training mode; call model.eval() first')

@@ -26,13 +26,14 @@ def _narrow_config(
 ):
     "Copy of the model's configuration with the widths of its first block."
     cfg = copy.deepcopy(model.config)
-    b = anatomy(model)[0]
-    family = family_of(model)
     for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                # of the folder it came from
-    setattr(cfg, family.mlp_width, b.mlp_width)
+    text = cfg.get_text_config(decoder=True)
+    b = anatomy(model)[0]
+    family = b.family
+    if family.mlp_width: setattr(text, family.mlp_width, b.mlp_width)
     if family.heads:
-        for name, value in zip(family.heads, (b.heads, b.kv_heads)): setattr(cfg, name, value)
-        cfg.head_dim = b.head_dim
+        for name, value in zip(family.heads, (b.heads, b.kv_heads)): setattr(text, name, value)
+        text.head_dim = b.head_dim
     return cfg
 
 # %% ../nbs/60_save.ipynb #a854cfaa
@@ -79,8 +80,8 @@ def _give_layout(
 ):
     "Give a stock model the linears, attributes and narrow values of a layout. The tensors are still to come."
     for name, (kind, inputs, outputs, bias) in layout['linears'].items():
-        new = Conv1D(outputs, inputs) if kind == 'Conv1D' else nn.Linear(inputs, outputs, bias)
-        model.set_submodule(name, new)
+        own = type(model.get_submodule(name))              # Falcon's linear layers multiply in their own way
+        model.set_submodule(name, own(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias))
     for name, values in layout['attributes'].items():
         for key, value in values.items(): set_attribute(model.get_submodule(name), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(name), **values)
