@@ -73,7 +73,7 @@ def needed_bytes(
 def _load(model, device, dtype, trust=False):
     "Model and tokenizer for a command. Raises `ValueError` for what cannot be loaded, or cannot read."
     import torch
-    from prunebook.models import load_model, readable
+    from prunebook.models import load_model, readable, text_config
     dtype = _dtype(dtype, device)
     _say(f'Loading {model} ...')
     try: net, tokenizer = load_model(model, device, dtype, trust_remote_code=trust)
@@ -81,7 +81,7 @@ def _load(model, device, dtype, trust=False):
         if trust or 'trust_remote_code' not in f'{e} {e.__cause__}': raise
         remedy = 'read it, and add --trust-remote-code if you want it to run'
         raise ValueError(f'{model} comes with code of its own, which is not run unasked; {remedy}.') from e
-    if not getattr(net.config, 'num_hidden_layers', 1):
+    if not getattr(text_config(net), 'num_hidden_layers', 1):
         raise ValueError(f'Cannot load {model!r}: its configuration has no decoder blocks.')
     two = torch.zeros(1, 2, dtype=torch.long, device=net.device)
     with readable(model), torch.no_grad(): net(two, use_cache=False)
@@ -350,7 +350,7 @@ def cmd_eval(
 def _anatomy_record(net):
     "Sizes of a model, and its kinds of units, as plain values."
     from prunebook.couplings import anatomy, couplings, kinds_of
-    from prunebook.models import decoder_linears, n_parameters
+    from prunebook.models import decoder_linears, n_parameters, text_config
     shapes, total = anatomy(net), n_parameters(decoder_linears(net).values())
     b, r = shapes[0], {}
     for kind in kinds_of(net):
@@ -359,9 +359,9 @@ def _anatomy_record(net):
         r[kind] = dict(units=units, parameters_each=table[0].cost, share_of_decoder=share,
                        first=repr(table[0]))
     sizes = dict(blocks=len(shapes), parameters=n_parameters([net]), linear_parameters=total)
-    widths = dict(hidden=net.config.hidden_size, query_heads=b.heads, kv_heads=b.kv_heads,
+    widths = dict(hidden=text_config(net).hidden_size, query_heads=b.heads, kv_heads=b.kv_heads,
                   head_size=b.head_dim, mlp_width=b.mlp_width)
-    return dict(type=net.config.model_type, **sizes, **widths, units=r)
+    return dict(type=text_config(net).model_type, **sizes, **widths, units=r)
 
 # %% ../nbs/99_cli.ipynb #1e27007a
 def cmd_inspect(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'TINY', 'TINY_MORE', 'text_config', 'blocks', 'decoder_linears', 'n_parameters', 'cache_dir',
            'file_sha256', 'write_manifest', 'damage', 'is_complete', 'verify', 'check_writable', 'reserved',
-           'leftovers', 'reserved_folder', 'atomic_folder', 'default_device', 'default_dtype', 'readable', 'load_model',
-           'tiny_model', 'check_finite', 'machine_line']
+           'leftovers', 'reserved_folder', 'atomic_folder', 'default_device', 'default_dtype', 'readable', 'auto_class',
+           'load_model', 'tiny_model', 'check_finite', 'machine_line']
 
 # %% ../nbs/00_models.ipynb #47a49a64
 import ctypes, hashlib, json, os, re, secrets, shutil, subprocess, sys, tempfile, threading, time
@@ -522,9 +522,17 @@ def _located(path):
         raise ValueError(f'{_NOWHERE} (no answer, and nothing in its local cache)') from e
 
 # %% ../nbs/00_models.ipynb #56672a8c
+def auto_class(
+    config, # a configuration of `transformers`
+):
+    "The class that builds its model: for text, or for pictures and text where there is none for text alone."
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    pictures, text = AutoModelForImageTextToText._model_mapping, AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if type(config) in pictures and type(config) not in text else AutoModelForCausalLM
+
 def _load(path, dtype, trust, verify):
     "Model and tokenizer of a folder or hub id."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from prunebook.load import is_ours, load_ours
     from prunebook.save import check_loaded
     path = _located(path)
@@ -533,7 +541,8 @@ def _load(path, dtype, trust, verify):
     options = dict(dtype=dtype, trust_remote_code=trust, output_loading_info=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        model, info = auto_class(config).from_pretrained(path, **options)
     except OSError as e:
         if os.path.isdir(path): raise
         raise ValueError(f'{_NOWHERE} ({str(e).splitlines()[0][:200]})') from e
@@ -542,7 +551,7 @@ def _load(path, dtype, trust, verify):
         raise ValueError('it brings code of its own; '
                          'read it, and pass trust_remote_code=True if you trust it') from e
     check_loaded({**info, 'unexpected_keys': ()})          # some families leave tensors out on purpose
-    n = getattr(model.config, 'num_hidden_layers', 1)
+    n = getattr(text_config(model), 'num_hidden_layers', 1)
     if n < 1: raise ValueError(f'its configuration has {n} blocks')
     return model, tokenizer
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from .couplings import anatomy
-from .models import blocks
+from .models import auto_class, blocks
 
 # %% ../nbs/05a_sources.ipynb #f2fba223
 class InMemory:
@@ -105,11 +105,10 @@ def skeleton(
 ):
     "A model on `meta`, without running code of the folder. Raises `ValueError` for other folders."
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     config = _stock_config(folder)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 # %% ../nbs/05a_sources.ipynb #0696d02c
 def read_tensor(
