@@ -285,19 +285,28 @@ def _report(out, plan, record, before, after, speed):
 def _finish(model, tokenizer, plan, out, force, as_json, took, states):
     "Save everything; the words that say so."
     if not _is_first(): return ''
+    from prunebook.pruning import copy_files
     from prunebook.record import Record, side_by_side, strict_json
     from prunebook.save import save_pruned
     measured = dict(side_by_side(*states[:2]), speed=states[2]) if states else {}
     record = Record.of(plan, model, **took, **measured)
-    report = (lambda folder: _report(folder, plan, record, *states)) if states else None
-    save_pruned(model, plan, out, tokenizer, force, report)
+    def add(folder):
+        copy_files(took['name'], folder)                   # how pictures become numbers
+        if states: _report(folder, plan, record, *states)
+    save_pruned(model, plan, out, tokenizer, force, add)
     if as_json: return strict_json({**json.loads(record.text()), 'folder': str(out)})
-    table = (Path(out)/'report.md').read_text(encoding='utf-8') if report else repr(plan)
+    table = (Path(out)/'report.md').read_text(encoding='utf-8') if states else repr(plan)
     return '\n'.join([table, *_words(Path(out), record, bool(states))])
+
+def _auto_name(out):
+    "Name of the class of `transformers` that loads a folder."
+    from prunebook.models import auto_classes
+    from transformers import AutoConfig
+    return auto_classes(AutoConfig.from_pretrained(out, trust_remote_code=False))[0].__name__
 
 def _words(out, record, reported):
     "What it took, and where the result is."
-    s, load = record.seconds, 'load it with AutoModelForCausalLM.from_pretrained'
+    s, load = record.seconds, f'load it with {_auto_name(out)}.from_pretrained'
     passes = ''
     if 'forward' in s: passes = f', {s["in_forward_passes"]:.2f} times a forward pass over the same tokens'
     memory = f'{record.peak_extra_bytes/2**30:.2f} GiB besides the model'

@@ -149,7 +149,7 @@ _bloom = replace(_neox, attention='self_attention', qkv=('self_attention.query_k
 # %% ../nbs/03_couplings.ipynb #fa03cd01
 FAMILIES = dict(
     **dict.fromkeys('llama mistral qwen2 qwen3 gemma smollm3 olmo granite cohere2 ernie4_5 hunyuan_v1_dense '
-                    'ministral'.split(), _gated),
+                    'ministral qwen2_vl_text qwen2_5_vl_text qwen3_vl_text'.split(), _gated),
     **dict.fromkeys(['gemma2', 'gemma3_text', 'exaone4'], _after),
     **dict.fromkeys(['olmo2', 'olmo3'], _over_heads),
     **dict.fromkeys(['arcee', 'jais2'], _plain),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'TINY', 'TINY_MORE', 'text_config', 'blocks', 'decoder_linears', 'n_parameters', 'cache_dir',
            'file_sha256', 'write_manifest', 'damage', 'is_complete', 'verify', 'check_writable', 'reserved',
-           'leftovers', 'reserved_folder', 'atomic_folder', 'default_device', 'default_dtype', 'readable', 'auto_class',
-           'load_model', 'tiny_model', 'check_finite', 'machine_line']
+           'leftovers', 'reserved_folder', 'atomic_folder', 'default_device', 'default_dtype', 'readable',
+           'auto_classes', 'load_model', 'tiny_model', 'check_finite', 'machine_line']
 
 # %% ../nbs/00_models.ipynb #47a49a64
 import ctypes, hashlib, json, os, re, secrets, shutil, subprocess, sys, tempfile, threading, time
@@ -522,13 +522,13 @@ def _located(path):
         raise ValueError(f'{_NOWHERE} (no answer, and nothing in its local cache)') from e
 
 # %% ../nbs/00_models.ipynb #56672a8c
-def auto_class(
+def auto_classes(
     config, # a configuration of `transformers`
 ):
-    "The class that builds its model: for text, or for pictures and text where there is none for text alone."
+    "The classes that build its model: that for text, and that for pictures and text, where there is one."
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    pictures, text = AutoModelForImageTextToText._model_mapping, AutoModelForCausalLM._model_mapping
-    return AutoModelForImageTextToText if type(config) in pictures and type(config) not in text else AutoModelForCausalLM
+    every = AutoModelForCausalLM, AutoModelForImageTextToText
+    return [c for c in every if type(config) in c._model_mapping] or [AutoModelForCausalLM]
 
 def _load(path, dtype, trust, verify):
     "Model and tokenizer of a folder or hub id."
@@ -542,7 +542,7 @@ def _load(path, dtype, trust, verify):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        model, info = auto_class(config).from_pretrained(path, **options)
+        model, info = auto_classes(config)[0].from_pretrained(path, **options)
     except OSError as e:
         if os.path.isdir(path): raise
         raise ValueError(f'{_NOWHERE} ({str(e).splitlines()[0][:200]})') from e

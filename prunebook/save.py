@@ -17,7 +17,7 @@ from .couplings import FullHeads, NarrowValues, OwnConfig, _empty_narrow, narrow
 from .couplings import pad_heads, set_attribute, unpad_heads
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device
-from .models import leftovers, readable, reserved, write_manifest
+from .models import auto_classes, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan
 
 # %% ../nbs/60_save.ipynb #ae59cf68
@@ -183,7 +183,7 @@ def name_classes(
     config = json.loads(path.read_text(encoding='utf-8'))
     config['architectures'] = [name if stock else f'Pruned{name}']
     if stock: config.pop('auto_map', None)
-    else: config['auto_map'] = {'AutoModelForCausalLM': f'modeling_pruned.Pruned{name}'}
+    else: config['auto_map'] = {c.__name__: f'modeling_pruned.Pruned{name}' for c in auto_classes(model.config)}
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
     if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
     else: source.write_text(_modeling_source(model), encoding='utf-8')

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from .couplings import anatomy
-from .models import auto_class, blocks
+from .models import auto_classes, blocks
 
 # %% ../nbs/05a_sources.ipynb #f2fba223
 class InMemory:
@@ -108,7 +108,7 @@ def skeleton(
     config = _stock_config(folder)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        return auto_classes(config)[0].from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 # %% ../nbs/05a_sources.ipynb #0696d02c
 def read_tensor(
