@@ -373,6 +373,17 @@ def _anatomy_record(net):
     return dict(type=text_config(net).model_type, **sizes, **widths, units=r)
 
 # %% ../nbs/99_cli.ipynb #1e27007a
+def _proposed(net, as_json):
+    "Words about the adapter of a family that is not known."
+    from prunebook.propose import propose
+    from prunebook.record import strict_json
+    p = propose(net)
+    if as_json: return strict_json(dict(type=p.kind, units=p.units, proposal=p.lines()))
+    passed = ', '.join(p.units)
+    return (f'No adapter for model type {p.kind!r}. This one was found by tracing a block, '
+            f'and passed the conformance check with {passed}:\n\n{p.lines()}\n\n'
+            'Run these lines before prune() in Python; "Add a model family" in the book says how to keep it.')
+
 def cmd_inspect(
     model:str, # smollm2-135m, a model folder, or a hub id
     json:store_true=False, # print the result as JSON
@@ -380,7 +391,12 @@ def cmd_inspect(
 ):
     "Anatomy of a model: what its blocks look like, which units can be removed, and what each costs."
     from prunebook.record import strict_json
+    from prunebook.couplings import FAMILIES
+    from prunebook.methods import check_prunable
+    from prunebook.models import text_config
     net, _ = _load(model, 'cpu', None, trust_remote_code)
+    if text_config(net).model_type not in FAMILIES: return print(_proposed(net, json))
+    check_prunable(net)
     out = _anatomy_record(net)
     if json: return print(strict_json(out))
     for k, v in out.items():

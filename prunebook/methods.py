@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MODULES', 'setting', 'check_setting', 'check_device', 'Run', 'Needs', 'Method', 'as_method', 'is_method',
-           'configured', 'plain_linear', 'check_prunable']
+           'configured', 'plain_linear', 'check_plain', 'check_prunable']
 
 # %% ../nbs/06_methods.ipynb #c1665bc0
 import importlib, math
@@ -249,10 +249,10 @@ def plain_linear(
     return floating and tuple(W.shape) == size and not packed
 
 # %% ../nbs/06_methods.ipynb #252f3d02
-def check_prunable(
+def check_plain(
     model, # what is to be pruned
 ):
-    "Raises `ValueError`, with what to do, unless it is a whole, plain causal language model."
+    "Raises `ValueError`, with what to do, unless it is a whole model of `transformers`, with nothing around it."
     def no(what): raise ValueError(f'{type(model).__name__} {what}.')
     if not isinstance(model, torch.nn.Module):
         no(f'{str(model)[:99]!r} is not a model; load it first, for example with load_model')
@@ -272,6 +272,13 @@ def check_prunable(
            'load it whole on the CPU, and name a GPU with Run(device=...)')
     if any(type(p).__name__ == 'DTensor' for p in model.parameters()):
         no('is sharded over processes; load it whole, and name a GPU with Run(device=...)')
+
+def check_prunable(
+    model, # what is to be pruned
+):
+    "Raises `ValueError`, with what to do, unless it is a whole, plain causal language model."
+    check_plain(model)
+    def no(what): raise ValueError(f'{type(model).__name__} {what}.')
     family, layers = family_of(model), blocks(model)[1]
     for i, layer in enumerate(layers):
         for n in family.of(layer).linears:
