@@ -73,7 +73,7 @@ def needed_bytes(
 def _load(model, device, dtype, trust=False):
     "Model and tokenizer for a command. Raises `ValueError` for what cannot be loaded, or cannot read."
     import torch
-    from prunebook.models import load_model, readable
+    from prunebook.models import load_model, readable, text_config
     dtype = _dtype(dtype, device)
     _say(f'Loading {model} ...')
     try: net, tokenizer = load_model(model, device, dtype, trust_remote_code=trust)
@@ -81,7 +81,7 @@ def _load(model, device, dtype, trust=False):
         if trust or 'trust_remote_code' not in f'{e} {e.__cause__}': raise
         remedy = 'read it, and add --trust-remote-code if you want it to run'
         raise ValueError(f'{model} comes with code of its own, which is not run unasked; {remedy}.') from e
-    if not getattr(net.config, 'num_hidden_layers', 1):
+    if not getattr(text_config(net), 'num_hidden_layers', 1):
         raise ValueError(f'Cannot load {model!r}: its configuration has no decoder blocks.')
     two = torch.zeros(1, 2, dtype=torch.long, device=net.device)
     with readable(model), torch.no_grad(): net(two, use_cache=False)
@@ -293,19 +293,28 @@ def _report(out, plan, record, before, after, speed):
 def _finish(model, tokenizer, plan, out, force, as_json, took, states):
     "Save everything; the words that say so."
     if not _is_first(): return ''
+    from prunebook.pruning import copy_files
     from prunebook.record import Record, side_by_side, strict_json
     from prunebook.save import save_pruned
     measured = dict(side_by_side(*states[:2]), speed=states[2]) if states else {}
     record = Record.of(plan, model, **took, **measured)
-    report = (lambda folder: _report(folder, plan, record, *states)) if states else None
-    save_pruned(model, plan, out, tokenizer, force, report)
+    def add(folder):
+        copy_files(took['name'], folder)                   # how pictures become numbers
+        if states: _report(folder, plan, record, *states)
+    save_pruned(model, plan, out, tokenizer, force, add)
     if as_json: return strict_json({**json.loads(record.text()), 'folder': str(out)})
-    table = (Path(out)/'report.md').read_text(encoding='utf-8') if report else repr(plan)
+    table = (Path(out)/'report.md').read_text(encoding='utf-8') if states else repr(plan)
     return '\n'.join([table, *_words(Path(out), record, bool(states))])
+
+def _auto_name(out):
+    "Name of the class of `transformers` that loads a folder."
+    from prunebook.models import auto_classes
+    from transformers import AutoConfig
+    return auto_classes(AutoConfig.from_pretrained(out, trust_remote_code=False))[0].__name__
 
 def _words(out, record, reported):
     "What it took, and where the result is."
-    s, load = record.seconds, 'load it with AutoModelForCausalLM.from_pretrained'
+    s, load = record.seconds, f'load it with {_auto_name(out)}.from_pretrained'
     passes = ''
     if 'forward' in s: passes = f', {s["in_forward_passes"]:.2f} times a forward pass over the same tokens'
     memory = f'{record.peak_extra_bytes/2**30:.2f} GiB besides the model'
@@ -372,7 +381,7 @@ def cmd_eval(
 def _anatomy_record(net):
     "Sizes of a model, and its kinds of units, as plain values."
     from prunebook.couplings import anatomy, couplings, kinds_of
-    from prunebook.models import decoder_linears, n_parameters
+    from prunebook.models import decoder_linears, n_parameters, text_config
     shapes, total = anatomy(net), n_parameters(decoder_linears(net).values())
     b, r = shapes[0], {}
     for kind in kinds_of(net):
@@ -381,11 +390,22 @@ def _anatomy_record(net):
         r[kind] = dict(units=units, parameters_each=table[0].cost, share_of_decoder=share,
                        first=repr(table[0]))
     sizes = dict(blocks=len(shapes), parameters=n_parameters([net]), linear_parameters=total)
-    widths = dict(hidden=net.config.hidden_size, query_heads=b.heads, kv_heads=b.kv_heads,
+    widths = dict(hidden=text_config(net).hidden_size, query_heads=b.heads, kv_heads=b.kv_heads,
                   head_size=b.head_dim, mlp_width=b.mlp_width)
-    return dict(type=net.config.model_type, **sizes, **widths, units=r)
+    return dict(type=text_config(net).model_type, **sizes, **widths, units=r)
 
 # %% ../nbs/99_cli.ipynb #1e27007a
+def _proposed(net, as_json):
+    "Words about the adapter of a family that is not known."
+    from prunebook.propose import propose
+    from prunebook.record import strict_json
+    p = propose(net)
+    if as_json: return strict_json(dict(type=p.kind, units=p.units, proposal=p.lines()))
+    passed = ', '.join(p.units)
+    return (f'No adapter for model type {p.kind!r}. This one was found by tracing a block, '
+            f'and passed the conformance check with {passed}:\n\n{p.lines()}\n\n'
+            'Run these lines before prune() in Python; "Add a model family" in the book says how to keep it.')
+
 def cmd_inspect(
     model:str, # smollm2-135m, a model folder, or a hub id
     json:store_true=False, # print the result as JSON
@@ -393,7 +413,12 @@ def cmd_inspect(
 ):
     "Anatomy of a model: what its blocks look like, which units can be removed, and what each costs."
     from prunebook.record import strict_json
+    from prunebook.couplings import FAMILIES
+    from prunebook.methods import check_prunable
+    from prunebook.models import text_config
     net, _ = _load(model, 'cpu', None, trust_remote_code)
+    if text_config(net).model_type not in FAMILIES: return print(_proposed(net, json))
+    check_prunable(net)
     out = _anatomy_record(net)
     if json: return print(strict_json(out))
     for k, v in out.items():

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['random_kept', 'combinations', 'check_tables', 'padded_logits', 'check_function', 'check_left', 'check_saved',
-           'conforms']
+           'check_walk', 'check_writes', 'check_method', 'check_streamed', 'conforms']
 
 # %% ../nbs/64_conform.ipynb #8013c1b3
 import copy, tempfile
 import torch
 from .couplings import anatomy, check_kept, coupling_of, couplings, kinds_of, masked
 from .couplings import slice_coupling, weight_of, UNITS
-from .models import n_parameters
+from .models import n_parameters, text_config
+from .text import random_tokens
+from .walk import walk
 
 # %% ../nbs/64_conform.ipynb #48621794
 def random_kept(
@@ -62,7 +64,7 @@ def padded_logits(
     seed=0, # of the tokens
 ):
     "Logits of random tokens, where they are not padding, (tokens, vocabulary)."
-    ids = torch.randint(3, model.config.vocab_size, (3, 14), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(3, text_config(model).vocab_size, (3, 14), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     mask[1, -4:] = 0
@@ -109,8 +111,86 @@ def check_saved(
     from prunebook.save import load_pruned, save_pruned
     with tempfile.TemporaryDirectory() as d:
         again, _, _ = load_pruned(save_pruned(model, None, f'{d}/model'), device=model.device)
+        for p in again.parameters(): p.data = p.data.clone()    # at round addresses; last bits depend on that
         if not torch.equal(padded_logits(again), padded_logits(model)):
             raise ValueError('The saved and loaded model computes something else.')
+
+# %% ../nbs/64_conform.ipynb #fa64cd01
+@torch.no_grad()
+def check_walk(
+    model, # a small causal language model of `transformers`, in float32
+    tolerance=1e-5, # largest relative difference of an input
+):
+    "Raises `ValueError` if a walk sees other inputs of second linears than hooks on a forward pass."
+    windows, seen, handles = random_tokens(model, n=3, seqlen=14), {}, []
+    seconds = [n for b in anatomy(model) for n in (b.out, b.mlp_second) if n]
+    for n in seconds:
+        note = lambda module, args, n=n: seen.__setitem__(n, args[0].flatten(0, -2))         # (tokens, columns)
+        handles.append(model.get_submodule(n).register_forward_pre_hook(note))
+    try: model(windows.ids.to(model.device), use_cache=False)
+    finally:
+        for h in handles: h.remove()
+    walked = {s.second: s.X[0].flatten(0, -2) for s in walk(model, windows)}
+    for n in seconds:
+        if n not in walked: raise ValueError(f'A walk does not come to {n}.')
+        if not (walked[n] - seen[n]).abs().max() <= tolerance*seen[n].abs().max():
+            raise ValueError(f'A walk sees other inputs of {n} than the model does; '
+                             'check adds, tuples and the names of its Family.')
+
+# %% ../nbs/64_conform.ipynb #fa64cd03
+@torch.no_grad()
+def check_writes(
+    model, # a causal language model, pruned or not
+    new=4, # tokens to write
+):
+    "Raises `ValueError` if cache or padding on the left change what the model writes."
+    ids = random_tokens(model, n=2, seqlen=9).ids.clamp(min=3).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    kw = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    write = lambda ids, mask, **how: model.generate(ids, attention_mask=mask, **kw, **how)[:, -new:]
+    padded = write(ids, mask)
+    if not torch.equal(padded, write(ids, mask, use_cache=False)):
+        raise ValueError('With its cache the model writes something else than without.')
+    if not torch.equal(padded[1:], write(ids[1:, 3:], mask[1:, 3:])):
+        raise ValueError('After padding on the left the model writes something else.')
+
+# %% ../nbs/64_conform.ipynb #fa64cd05
+def check_method(
+    model, # a small causal language model of `transformers`
+    method, # a `Method`, or its name
+    sparsity=.2, # fraction of the parameters of the decoder blocks' linears to remove
+):
+    "Prune three windows long; the smaller model. Raises `ValueError` if nothing goes, or 0 changes something."
+    from prunebook.pruning import prune
+    windows = random_tokens(model, n=3, seqlen=14)
+    same, _ = prune(model, windows, method, 0.)
+    if not torch.equal(padded_logits(same), padded_logits(model)):
+        raise ValueError(f'{method} at sparsity 0 changes the model.')
+    small, plan = prune(model, windows, method, sparsity)
+    if not padded_logits(small).isfinite().all(): raise ValueError(f'{method} leaves a model without finite logits.')
+    if not plan.true_sparsity > 0: raise ValueError(f'{method} removed nothing at sparsity {sparsity}.')
+    return small
+
+def check_streamed(
+    model, # a small causal language model of `transformers`
+    method, # a `Method` that can be streamed, or its name
+    sparsity=.2, # fraction of the parameters of the decoder blocks' linears to remove
+):
+    "Raises `ValueError` if a checkpoint on disk is pruned to other units or weights than the model in memory."
+    from prunebook.methods import Run
+    from prunebook.pruning import prune
+    from prunebook.save import load_pruned
+    windows = random_tokens(model, n=3, seqlen=14)
+    small, plan = prune(model, windows, method, sparsity)
+    with tempfile.TemporaryDirectory() as d:
+        model.save_pretrained(f'{d}/dense')
+        folder, other = prune(f'{d}/dense', windows, method, sparsity, run=Run(out=f'{d}/small'))
+        again, _, _ = load_pruned(folder, device=model.device)
+    if other.kept != plan.kept: raise ValueError(f'{method} keeps other units of a checkpoint on disk.')
+    theirs, ours = again.state_dict(), small.state_dict()
+    if differs := [n for n in ours if not torch.equal(ours[n], theirs[n])]:
+        raise ValueError(f'{method} leaves other numbers in {differs[0]} of a checkpoint on disk.')
 
 # %% ../nbs/64_conform.ipynb #124f75e7
 @torch.no_grad()

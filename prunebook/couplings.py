@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
-from .models import blocks, decoder_linears, n_parameters
+from .models import blocks, decoder_linears, n_parameters, text_config
 
 # %% ../nbs/03_couplings.ipynb #82025738
 def weight_of(
@@ -95,46 +95,110 @@ class Family:
     qkv: tuple = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj') # three linears, or one for all
     out: str = 'self_attn.o_proj' # second linear of attention
     mlp_firsts: tuple = ('mlp.gate_proj', 'mlp.up_proj') # linears whose rows are MLP channels
-    mlp_second: str = 'mlp.down_proj' # linear whose columns are MLP channels
-    mlp_width: str = 'intermediate_size' # configuration entry of the MLP width
+    mlp_second: str = 'mlp.down_proj' # linear whose columns are MLP channels; None if there is no such MLP
+    mlp_width: str = 'intermediate_size' # configuration entry of the MLP width; empty if there is none
     # configuration entries of the head counts; empty if they are fixed by the hidden size
     heads: tuple = ('num_attention_heads', 'num_key_value_heads')
     # attributes of the attention module to keep in step
     attributes: tuple = (('num_key_value_groups', lambda b: b.heads//b.kv_heads),)
     layout: Separate = None # how q, k and v lie in `qkv`; `Separate` for three linears, `Fused` for one
     mlp_parts: int = 1 # matrices in each of `mlp_firsts`, one above the other, with a row for each channel
-    heads_stay: bool = False # the model itself numbers the heads of all blocks, as for ALiBi
+    heads_stay: str = '' # why heads cannot leave, if so; or a function of the configuration that says it
+    adds: bool = True # outputs of second linears are added to the stream; False if a norm or gate is between
+    tuples: bool = False # a block returns a tuple, and the state is its first entry
+    activation: str = '' # name of the MLP's activation in `transformers`, where the configuration has none
+    otherwise: 'Family' = None # adapter of the blocks that lack this MLP
 
     def __post_init__(self):
         if self.layout is None:
             object.__setattr__(self, 'layout', Separate() if len(self.qkv) == 3 else Fused())
 
+    @property
+    def linears(self):
+        "Paths of all its linears."
+        return [p for p in (*self.qkv, self.out, *self.mlp_firsts, self.mlp_second) if p]
+
+    def of(self,
+        layer, # module of a block
+    ):
+        "The adapter of one block: this one, or the other one if the block lacks the MLP."
+        there = {n for n, _ in layer.named_modules()}
+        return self if self.otherwise is None or self.mlp_second in there else self.otherwise.of(layer)
+
 # %% ../nbs/03_couplings.ipynb #24d5e615
-_gated, _groups = Family(), Family().attributes
-_n_heads = ('num_heads', lambda b: b.heads)
+_names = lambda *entries: tuple((n, lambda b: b.heads) for n in entries)
+_kv_heads, _width = ('num_key_value_heads', lambda b: b.kv_heads), lambda b: b.heads*b.head_dim
+_gated, _groups, _n_heads = Family(), Family().attributes, _names('num_heads')
+_plain = Family(mlp_firsts=('mlp.up_proj',))
+_all_heads = 'one norm spans the queries of all of them'
+_alibi = 'their number in the model says how far back each of them looks (ALiBi)'
+_head_norms = 'each of them has a norm of its own'
+_after = replace(_gated, adds=False)                       # norms after attention and MLP
+_over_heads = replace(_after, heads_stay=_all_heads)
+_no_mlp = replace(_gated, mlp_firsts=(), mlp_second=None, mlp_width='')
+_linears = lambda a, *names: tuple(f'{a}.{n}' for n in names or ('q_proj', 'k_proj', 'v_proj'))
+_opt = Family(out='self_attn.out_proj', mlp_firsts=('fc1',), mlp_second='fc2', mlp_width='ffn_dim',
+              heads=(), attributes=_n_heads)
+_gpt2 = Family('attn', ('attn.c_attn',), 'attn.c_proj', ('mlp.c_fc',), 'mlp.c_proj', 'n_inner', (),
+               (*_n_heads, ('split_size', _width)), Stacked())
+_neox = Family('attention', ('attention.query_key_value',), 'attention.dense',
+               ('mlp.dense_h_to_4h',), 'mlp.dense_4h_to_h', heads=(), attributes=(), layout=Interleaved())
+_bloom = replace(_neox, attention='self_attention', qkv=('self_attention.query_key_value',),
+                 out='self_attention.dense', mlp_width='', heads_stay=_alibi, tuples=True, activation='gelu_new')
+
+# %% ../nbs/03_couplings.ipynb #fa03cd01
 FAMILIES = dict(
-    llama=_gated, mistral=_gated, qwen2=_gated, qwen3=_gated, gemma=_gated,
+    **dict.fromkeys('llama mistral qwen2 qwen3 gemma smollm3 olmo granite cohere2 ernie4_5 hunyuan_v1_dense '
+                    'ministral qwen2_vl_text qwen2_5_vl_text qwen3_vl_text'.split(), _gated),
+    **dict.fromkeys(['gemma2', 'gemma3_text', 'exaone4'], _after),
+    **dict.fromkeys(['olmo2', 'olmo3'], _over_heads),
+    **dict.fromkeys(['arcee', 'jais2'], _plain),
+    **dict.fromkeys(['mixtral'], _no_mlp),
+    cohere=replace(_gated, heads_stay=lambda c: _head_norms if c.use_qk_norm else ''),
+    stablelm=replace(_gated, heads=(), attributes=(*_groups, *_n_heads, _kv_heads),
+                     heads_stay=lambda c: _head_norms if c.qk_layernorm else ''),
+    helium=replace(_gated, heads=()), seed_oss=replace(_gated, attributes=(*_groups, _kv_heads)),
+    nemotron=replace(_plain, attributes=(*_groups, *_n_heads, _kv_heads)),
+    starcoder2=Family(mlp_firsts=('mlp.c_fc',), mlp_second='mlp.c_proj'),
+    nanochat=Family(mlp_firsts=('mlp.fc1',), mlp_second='mlp.fc2'),
     phi=Family(out='self_attn.dense', mlp_firsts=('mlp.fc1',), mlp_second='mlp.fc2'),
-    opt=Family(out='self_attn.out_proj', mlp_firsts=('fc1',), mlp_second='fc2', mlp_width='ffn_dim',
-               heads=(), attributes=(_n_heads,)),
-    gpt2=Family('attn', ('attn.c_attn',), 'attn.c_proj', ('mlp.c_fc',), 'mlp.c_proj', 'n_inner', (),
-                (_n_heads, ('split_size', lambda b: b.heads*b.head_dim)), Stacked()),
     phi3=Family(qkv=('self_attn.qkv_proj',), layout=Stacked(), mlp_firsts=('mlp.gate_up_proj',), mlp_parts=2,
-                attributes=(*_groups, ('num_key_value_heads', lambda b: b.kv_heads),
-                            ('config.num_attention_heads', lambda b: b.heads))),
-    gpt_neox=Family('attention', ('attention.query_key_value',), 'attention.dense',
-                    ('mlp.dense_h_to_4h',), 'mlp.dense_4h_to_h',
-                    heads=(), attributes=(), layout=Interleaved())) # adapters, by `config.model_type`
+                attributes=(*_groups, _kv_heads, *_names('config.num_attention_heads'))),
+    glm=Family(mlp_firsts=('mlp.gate_up_proj',), mlp_parts=2),
+    glm4=Family(mlp_firsts=('mlp.gate_up_proj',), mlp_parts=2, adds=False),
+    opt=_opt, xglm=replace(_opt, attributes=(*_n_heads, ('embed_dim', _width))), biogpt=replace(_opt, mlp_width='intermediate_size'),
+    gpt2=_gpt2,
+    gpt_bigcode=replace(_gpt2, layout=Interleaved(), attributes=(
+        *_n_heads, *_groups, ('embed_dim', _width), ('kv_dim', lambda b: b.kv_heads*b.head_dim))),
+    gptj=Family('attn', _linears('attn'), 'attn.out_proj', ('mlp.fc_in',), 'mlp.fc_out', 'n_inner', (),
+                _names('num_attention_heads')),
+    gpt_neo=Family('attn.attention', _linears('attn.attention'), 'attn.attention.out_proj', ('mlp.c_fc',),
+                   'mlp.c_proj', 'intermediate_size', (), _n_heads, tuples=True),
+    gpt_neox=_neox,
+    persimmon=replace(_neox, attention='self_attn', qkv=('self_attn.query_key_value',), out='self_attn.dense',
+                      attributes=_n_heads),
+    bloom=_bloom,
+    falcon=replace(_bloom, mlp_width='ffn_hidden_size', activation='',
+                   attributes=(*_n_heads, ('num_kv_heads', lambda b: b.kv_heads)),
+                   heads_stay=lambda c: _alibi if c.alibi else ''),
+    mpt=Family('attn', ('attn.Wqkv',), 'attn.out_proj', ('ffn.up_proj',), 'ffn.down_proj', '', (),
+               _names('n_heads'), Stacked(), heads_stay=_alibi, tuples=True, activation='gelu'),
+    gpt_oss=replace(_no_mlp, heads_stay='each of them has a sink of its own'),
+    qwen2_moe=Family(mlp_firsts=_linears('mlp.shared_expert', 'gate_proj', 'up_proj'),
+                     mlp_second='mlp.shared_expert.down_proj', mlp_width='shared_expert_intermediate_size',
+                     adds=False, otherwise=_gated),
+    qwen3_moe=replace(_gated, otherwise=_no_mlp)) # adapters, by `config.model_type`
 
 def family_of(
     model, # a causal language model of `transformers`
 ):
     "The adapter of a model. Raises `ValueError` with the known families, and what a new one needs."
-    kind = model.config.model_type
+    kind = text_config(model).model_type
     if kind not in FAMILIES:
         raise ValueError(f'No adapter for model type {kind!r}; there are {", ".join(FAMILIES)}. '
                          'A new one is a Family in prunebook.couplings.FAMILIES: the '
-                         'names of its attention, MLP and linear layers.')
+                         'names of its attention, MLP and linear layers. '
+                         'prunebook inspect proposes one.')
     return FAMILIES[kind]
 
 # %% ../nbs/03_couplings.ipynb #f4ed52c9
@@ -148,15 +212,17 @@ class Block:
     heads: int # H, query heads
     kv_heads: int # K, key-value heads
     value_dim: int # channels of a value head; h unless pruned
-    mlp_width: int # f
+    mlp_width: int # f; 0 if it has no MLP of linears
 
     def path(self, part): return f'{self.name}.{part}'
     @property
     def out(self): return self.path(self.family.out)
     @property
-    def mlp_second(self): return self.path(self.family.mlp_second)
+    def mlp_second(self): return self.family.mlp_second and self.path(self.family.mlp_second)
     @property
     def attention(self): return self.path(self.family.attention)
+
+    def has(self, part): return part == 'attention' or self.mlp_width > 0
 
     def qkv_rows(self):
         "Pairs (module name, rows of each head) of queries, keys and values."
@@ -171,13 +237,16 @@ class Block:
 # %% ../nbs/03_couplings.ipynb #a6402eb5
 def _read_block(model, prefix, i):
     "The `Block` number `i` of the list `prefix`. Raises `ValueError` if its `Family` describes other shapes."
-    family, layer, cfg = family_of(model), model.get_submodule(f'{prefix}.{i}'), model.config
+    layer, cfg = model.get_submodule(f'{prefix}.{i}'), text_config(model)
+    family = family_of(model).of(layer)
+    if callable(family.heads_stay): family = replace(family, heads_stay=family.heads_stay(cfg))
     h = getattr(cfg, 'head_dim', None) or cfg.hidden_size//cfg.num_attention_heads
     size = lambda p: weight_of(layer.get_submodule(p)).shape
     narrow = getattr(layer.get_submodule(family.attention), 'narrow', {})
     v = narrow.get('value_dim', h)
     H, K, v = family.layout.shape([size(p)[0] for p in family.qkv], size(family.out)[1], h, v)
-    b = Block(i, f'{prefix}.{i}', family, h, H, K, v, size(family.mlp_second)[1])
+    f = size(family.mlp_second)[1] if family.mlp_second else 0
+    b = Block(i, f'{prefix}.{i}', family, h, H, K, v, f)
     _check_shapes(model, b, lambda p: size(p)[0])
     return b
 
@@ -187,7 +256,7 @@ def _check_shapes(model, b, rows):
     expected = dict(zip(f.qkv, heads)) if len(f.qkv) == 3 else {f.qkv[0]: sum(heads)}
     for p, n in {**expected, **dict.fromkeys(f.mlp_firsts, f.mlp_parts*b.mlp_width)}.items():
         if rows(p) != n:
-            kind, heads = model.config.model_type, f'{b.heads} query heads and {b.kv_heads} key-value heads'
+            kind, heads = text_config(model).model_type, f'{b.heads} query heads and {b.kv_heads} key-value heads'
             what = f'{b.mlp_width} channels' if p in f.mlp_firsts else heads
             raise ValueError(f'The adapter of model type {kind!r} does not fit: '
                              f'{p} has {rows(p)} rows, but {what} make {n}. '
@@ -297,6 +366,12 @@ class MLPChannel(Unit):
     def second(self, b): return b.mlp_second, _span(b.mlp_width, 1)
     def left(self, b, n): return replace(b, mlp_width=n)
 
+    def refusal(self, shapes):
+        "Why it cannot leave these blocks, or None."
+        if any(b.has('mlp') for b in shapes): return
+        return ('This model has no MLP of linear layers (its experts stay as they are); '
+                f'{self.name} cannot be cut. Name units of attention alone, for example units=["value_channel"].')
+
 # %% ../nbs/03_couplings.ipynb #0398abd8
 class AttentionUnit(Unit):
     "What kinds of units in attention have in common."
@@ -314,7 +389,7 @@ class AttentionUnit(Unit):
                     'Prune mlp_channel only, or give the Family its layout, '
                     'for example Stacked() or Interleaved().')
         if f.heads_stay and self.whole_heads:
-            return ('The heads of this family must stay: the model numbers them for all blocks alike. '
+            return (f'The heads of this family must stay: {f.heads_stay}. '
                     f'{self.name} cannot be cut; value_channel can.')
 
     def refresh(self, model, b): refresh_attention(model, b)
@@ -397,7 +472,7 @@ def couplings(
     "The couplings of every block, attention before MLP. Raises `ValueError` for kinds that cannot leave."
     kinds, shapes = (kinds,) if isinstance(kinds, str) else tuple(kinds), anatomy(model)
     units = sorted(_units(shapes, kinds), key=lambda u: ('attention', 'mlp').index(u.part))
-    return [coupling_of(model, b, u) for b in shapes for u in units]
+    return [coupling_of(model, b, u) for b in shapes for u in units if b.has(u.part)]
 
 def kinds_of(
     model, # a causal language model of `transformers`

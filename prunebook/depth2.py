@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2FN
 from transformers.masking_utils import eager_mask
 from . import estimate as est
-from .couplings import UNITS, anatomy, weight_of
+from .couplings import UNITS, anatomy, family_of, weight_of
 from .methods import Method, Needs, setting
-from .models import decoder_linears
+from .models import decoder_linears, text_config
 from .plan import check_numbers, uniform_steps
 from .repair import double_device
 from .sources import as_source
@@ -26,13 +26,15 @@ from .text import Windows, random_tokens
 from .walk import gram, walk
 
 # %% ../nbs/30_depth2.ipynb #50d73713
-def _attention_in_pieces(query, key, value, mask, scale, rows, show):
+def _attention_in_pieces(query, key, value, mask, scale, cap, rows, show):
     "Output of attention, (batch, seqlen, heads, v); `show` sees the probabilities of some rows at a time."
     n = query.shape[1]//key.shape[1]                       # query heads that share a key-value head
     key, value = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)
     outputs = []
     for q, m in zip(query.split(rows, 2), mask[..., :key.shape[2]].split(rows, 2)):
-        P = (q @ key.transpose(2, 3)*scale + m).float().softmax(-1)
+        scores = q @ key.transpose(2, 3)*scale
+        if cap is not None: scores = cap*torch.tanh(scores/cap)                # Gemma 2
+        P = (scores + m).float().softmax(-1)
         show(P)
         outputs.append(P.to(value.dtype) @ value)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
@@ -45,10 +47,10 @@ def _observed_attention(
     rows=128, # query positions shown at a time; bounds the memory
 ):
     "Context manager in which attention modules show their probabilities, some rows at a time, and keep none."
-    def attend(module, query, key, value, mask, scaling=None, **kw):
+    def attend(module, query, key, value, mask, scaling=None, softcap=None, **kw):
         scale = query.shape[-1]**-.5 if scaling is None else scaling
         show = lambda P: observe(module.layer_idx, P)
-        return _attention_in_pieces(query, key, value, mask, scale, rows, show), None
+        return _attention_in_pieces(query, key, value, mask, scale, softcap, rows, show), None
     AttentionInterface.register('prunebook_observed', attend)
     AttentionMaskInterface.register('prunebook_observed', eager_mask)
     before = model.config._attn_implementation
@@ -73,6 +75,9 @@ def _js_sums(
     return D + D.T
 
 # %% ../nbs/30_depth2.ipynb #d1d5ecc3
+_NO_MAPS = ('The attention of {} does not show its maps, by which depth2 compares heads; '
+            'choose value_channel, or another method.')
+
 @torch.no_grad()
 def head_distances(
     model, # a causal language model of `transformers`, or a source of its blocks
@@ -81,12 +86,14 @@ def head_distances(
     batch_size=4, # windows in a forward pass
     rows=128, # query positions held at a time
 ):
-    "Mean distance of every two heads (eq. js), (heads, heads), by block. Raises `ValueError` if not finite."
+    """Mean distance of every two heads (eq. js), (heads, heads), by block.
+    Raises `ValueError` for one that is not finite, and for attention that does not show its maps."""
     source = as_source(model)
     sums = [0]*len(anatomy(source.model))
     def observe(layer, P): sums[layer] = sums[layer] + _js_sums(P, distance)
     with _observed_attention(source.model, observe, rows):
-        for _ in walk(source, windows, batch_size, desc='comparing heads'): pass
+        for stage in walk(source, windows, batch_size, desc='comparing heads'):
+            if isinstance(sums[stage.layer], int): raise ValueError(_NO_MAPS.format(type(source.model).__name__))
     for layer, s in enumerate(sums):
         check_numbers(s, f'block {layer}, distances of its attention maps', source.model.dtype)
     return [(s/windows.ids.numel()).cpu() for s in sums]
@@ -171,8 +178,8 @@ def _mlp_rows(model, b):
 
 def _activation(model):
     "The activation function of the MLPs."
-    entries = ('hidden_activation', 'hidden_act', 'activation_function')
-    names = [getattr(model.config, e, None) for e in entries]
+    entries = ('hidden_activation', 'hidden_act', 'activation_function', 'activation')
+    names = [family_of(model).activation, *(getattr(text_config(model), e, None) for e in entries)]
     return ACT2FN[next(n for n in names if n)]
 
 # %% ../nbs/30_depth2.ipynb #222c7093
@@ -221,7 +228,7 @@ def _moments_of(source, windows, batch_size=8):
 
 def _identity_moments(model):
     "The same without any input: Σ is the identity, and nothing is measured."
-    d = model.config.hidden_size
+    d = text_config(model).hidden_size
     unit = _Moments(torch.eye(d), torch.zeros(d))
     return {(b.layer, part): (unit, None) for b in anatomy(model) for part in ('attention', 'mlp')}
 
@@ -376,7 +383,7 @@ def own_windows(self:Depth2,
 ):
     "Calibration windows where the caller has no text: random tokens if none is read."
     if self.needs.text: return Method.own_windows(self, model)
-    seqlen = min(512, getattr(model.config, 'max_position_embeddings', 512))
+    seqlen = min(512, getattr(text_config(model), 'max_position_embeddings', 512))
     return random_tokens(model, 64, seqlen, self.seed)
 
 # %% ../nbs/30_depth2.ipynb #741b41a4

@@ -14,7 +14,7 @@ from . import estimate as est
 from .couplings import weight_of
 from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows, input_leaders
 from .methods import Method, Run
-from .models import decoder_linears, n_parameters
+from .models import decoder_linears, n_parameters, text_config
 from .repair import as_double, double_device
 from .scores import check_pattern, linears_to_sparsify, with_bias, zeros_among
 from .surgeon import set_weight
@@ -407,7 +407,8 @@ def elements_work(
     products = sum(_element_products(r, c, gradients > 0, steps, iterations) for r, c in shapes)
     flops = forward + moments + products
     if gradients:
-        head = 4*model.config.vocab_size*model.config.hidden_size*gradients
+        config = text_config(model)
+        head = 4*config.vocab_size*config.hidden_size*gradients
         sums = sum(1.25*n**2*gradients for n in factor_rows(model, names).values())
         flops += 2*forward*gradients/tokens + head + sums
         memory += curvature_bytes(model, names)

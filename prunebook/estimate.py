@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .couplings import anatomy, weight_of
 from .methods import Method, Needs, Run, as_method
-from .models import decoder_linears, n_parameters
+from .models import decoder_linears, n_parameters, text_config
 from .plan import uniform_steps
 from .repair import WEAK_RIDGE
 
@@ -65,9 +65,9 @@ class Job:
     @property
     def size(self): return self.model.dtype.itemsize       # bytes of a number
     @property
-    def d(self): return self.model.config.hidden_size
+    def d(self): return text_config(self.model).hidden_size
     @property
-    def vocabulary(self): return self.model.config.vocab_size
+    def vocabulary(self): return text_config(self.model).vocab_size
     @property
     def windows(self): return max(1, self.tokens//self.seqlen)
     @property
@@ -95,6 +95,7 @@ def _places(job):
     steps = uniform_steps(job.table, job.sparsity, n_parameters(decoder_linears(job.model).values()))
     for b in anatomy(job.model):
         for part, f in ('attention', b.heads*b.value_dim), ('mlp', b.mlp_width):
+            if not b.has(part): continue
             c = table.get((b.layer, part))
             gone = 0 if c is None else steps.get(c.name, 0)*c.groups*c.second[1].shape[1]
             yield Place(b, part, c, f, f - gone)

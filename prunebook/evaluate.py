@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from .models import decoder_linears, n_parameters
+from .models import decoder_linears, n_parameters, text_config
 from .text import _past
 
 # %% ../nbs/02_evaluate.ipynb #df4f0451
@@ -153,7 +153,7 @@ def speed(
     repeats=5, # timed runs, after one that is not
 ):
     "Tokens per second of prefill and decode: dict of name -> (median, smallest, largest)."
-    config = model.config
+    config = text_config(model)
     positions = getattr(config, 'max_position_embeddings', None) or prompt + new*(repeats + 1)
     prompt = min(prompt, positions - new)
     gen = torch.Generator().manual_seed(0)
@@ -181,7 +181,7 @@ def continuation(
     "The prompt and what the model writes after it, token by token the likeliest."
     text = tokenizer(prompt, return_tensors='pt').to(model.device)
     read = text['input_ids'].shape[1]
-    positions = getattr(model.config, 'max_position_embeddings', None) or read + new
+    positions = getattr(text_config(model), 'max_position_embeddings', None) or read + new
     new = min(new, positions - read)
     if new < 1: return prompt                              # the model has no positions for more
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MODULES', 'setting', 'check_setting', 'check_device', 'Run', 'Needs', 'Method', 'as_method', 'is_method',
-           'configured', 'plain_linear', 'check_prunable']
+           'configured', 'plain_linear', 'check_plain', 'check_prunable']
 
 # %% ../nbs/06_methods.ipynb #c1665bc0
 import importlib, math
@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, couplings, family_of
-from .models import blocks, check_writable
+from .models import blocks, check_writable, text_config
 from .plan import check_type, uniform_steps
 from .repair import Ridge, damp_for
 from .text import self_generated
@@ -203,7 +203,7 @@ def table(self:Method,
 @patch
 def own_windows(self:Method, model):
     "Calibration windows where the caller has no text: the model writes them itself."
-    return self_generated(model, 64, min(512, getattr(model.config, 'max_position_embeddings', 512)))
+    return self_generated(model, 64, min(512, getattr(text_config(model), 'max_position_embeddings', 512)))
 
 # %% ../nbs/06_methods.ipynb #03ec4349
 def as_method(
@@ -249,10 +249,10 @@ def plain_linear(
     return floating and tuple(W.shape) == size and not packed
 
 # %% ../nbs/06_methods.ipynb #252f3d02
-def check_prunable(
+def check_plain(
     model, # what is to be pruned
 ):
-    "Raises `ValueError`, with what to do, unless it is a whole, plain causal language model."
+    "Raises `ValueError`, with what to do, unless it is a whole model of `transformers`, with nothing around it."
     def no(what): raise ValueError(f'{type(model).__name__} {what}.')
     if not isinstance(model, torch.nn.Module):
         no(f'{str(model)[:99]!r} is not a model; load it first, for example with load_model')
@@ -272,9 +272,16 @@ def check_prunable(
            'load it whole on the CPU, and name a GPU with Run(device=...)')
     if any(type(p).__name__ == 'DTensor' for p in model.parameters()):
         no('is sharded over processes; load it whole, and name a GPU with Run(device=...)')
+
+def check_prunable(
+    model, # what is to be pruned
+):
+    "Raises `ValueError`, with what to do, unless it is a whole, plain causal language model."
+    check_plain(model)
+    def no(what): raise ValueError(f'{type(model).__name__} {what}.')
     family, layers = family_of(model), blocks(model)[1]
     for i, layer in enumerate(layers):
-        for n in (*family.qkv, family.out, *family.mlp_firsts, family.mlp_second):
+        for n in family.of(layer).linears:
             if not plain_linear(layer.get_submodule(n)):
                 no(f'is quantized (block {i}, {n}); load it in bfloat16, prune, and quantize the result')
     if model.training: no('is in training mode; call model.eval() first')

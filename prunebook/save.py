@@ -17,7 +17,7 @@ from .couplings import FullHeads, NarrowValues, OwnConfig, _empty_narrow, narrow
 from .couplings import pad_heads, set_attribute, unpad_heads
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device
-from .models import leftovers, readable, reserved, write_manifest
+from .models import auto_classes, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan
 
 # %% ../nbs/60_save.ipynb #ae59cf68
@@ -26,13 +26,14 @@ def _narrow_config(
 ):
     "Copy of the model's configuration with the widths of its first block."
     cfg = copy.deepcopy(model.config)
-    b = anatomy(model)[0]
-    family = family_of(model)
     for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                # of the folder it came from
-    setattr(cfg, family.mlp_width, b.mlp_width)
+    text = cfg.get_text_config(decoder=True)
+    b = anatomy(model)[0]
+    family = b.family
+    if family.mlp_width: setattr(text, family.mlp_width, b.mlp_width)
     if family.heads:
-        for name, value in zip(family.heads, (b.heads, b.kv_heads)): setattr(cfg, name, value)
-        cfg.head_dim = b.head_dim
+        for name, value in zip(family.heads, (b.heads, b.kv_heads)): setattr(text, name, value)
+        text.head_dim = b.head_dim
     return cfg
 
 # %% ../nbs/60_save.ipynb #a854cfaa
@@ -79,8 +80,8 @@ def _give_layout(
 ):
     "Give a stock model the linears, attributes and narrow values of a layout. The tensors are still to come."
     for name, (kind, inputs, outputs, bias) in layout['linears'].items():
-        new = Conv1D(outputs, inputs) if kind == 'Conv1D' else nn.Linear(inputs, outputs, bias)
-        model.set_submodule(name, new)
+        own = type(model.get_submodule(name))              # Falcon's linear layers multiply in their own way
+        model.set_submodule(name, own(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias))
     for name, values in layout['attributes'].items():
         for key, value in values.items(): set_attribute(model.get_submodule(name), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(name), **values)
@@ -182,7 +183,7 @@ def name_classes(
     config = json.loads(path.read_text(encoding='utf-8'))
     config['architectures'] = [name if stock else f'Pruned{name}']
     if stock: config.pop('auto_map', None)
-    else: config['auto_map'] = {'AutoModelForCausalLM': f'modeling_pruned.Pruned{name}'}
+    else: config['auto_map'] = {c.__name__: f'modeling_pruned.Pruned{name}' for c in auto_classes(model.config)}
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
     if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
     else: source.write_text(_modeling_source(model), encoding='utf-8')

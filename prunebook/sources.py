@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from .couplings import anatomy
-from .models import blocks
+from .models import auto_classes, blocks
 
 # %% ../nbs/05a_sources.ipynb #f2fba223
 class InMemory:
@@ -105,11 +105,10 @@ def skeleton(
 ):
     "A model on `meta`, without running code of the folder. Raises `ValueError` for other folders."
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     config = _stock_config(folder)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        return auto_classes(config)[0].from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 # %% ../nbs/05a_sources.ipynb #0696d02c
 def read_tensor(
@@ -210,6 +209,18 @@ def _saved_name(
     body = model.base_model_prefix + '.'
     return name if any(n.startswith(body) for n in files) else name.removeprefix(body)
 
+def _renamed(
+    model, # skeleton of a model
+    files, # path of the file of each tensor, from `tensor_files`
+):
+    "What the checkpoint calls the tensors that `transformers` renames when it loads them: a dict."
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    changes = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    own = model.state_dict()
+    new = lambda name: rename_source_key(name, changes, [], model.base_model_prefix, own)[0]
+    return {new(n): n for n in files if n not in own} if changes else {}
+
 # %% ../nbs/05a_sources.ipynb #37c85a8e
 def _check_names(
     model, # skeleton of a model
@@ -219,6 +230,9 @@ def _check_names(
     "Raises `ValueError` for a tensor that is missing, or that has no place in the model."
     tied = model.all_tied_weights_keys                     # the other name of each tied tensor
     if lost := [s for n, s in saved.items() if n not in tied and s not in files]:
+        if 'experts' in lost[0]:
+            raise ValueError(f'The checkpoint keeps every expert on its own, and the model has {lost[0]}; '
+                             'such a model cannot be streamed yet, prune it in memory.')
         raise ValueError(f'The checkpoint has no tensor {lost[0]}; it belongs to another model.')
     computed = [*(model._keys_to_ignore_on_load_unexpected or ()), r'rotary_emb\.inv_freq']
     known = {*saved.values()}
@@ -258,7 +272,8 @@ class OnDisk:
         self.folder, self.out, self.device = Path(folder), out and Path(out), torch.device(device or 'cpu')
         self.files, self.model = tensor_files(folder), skeleton(folder, dtype)
         self.prefix = blocks(self.model)[0] + '.'
-        self.saved = {n: _saved_name(self.model, self.files, n) for n in self.model.state_dict()}
+        renamed = _renamed(self.model, self.files)
+        self.saved = {n: renamed.get(n) or _saved_name(self.model, self.files, n) for n in self.model.state_dict()}
         _check_names(self.model, self.files, self.saved)
         _check_tied(self.model, self.files, self.saved)
         self.names = [n for n in self.saved if n not in self.model.all_tied_weights_keys]
@@ -342,7 +357,8 @@ def open(self:OnDisk,
 ):
     "The block with its weights."
     _give_back()
-    prefix = _saved_name(self.model, self.files, f'{block.name}.')
+    name = next(n for n in self.saved if n.startswith(f'{block.name}.'))
+    prefix = self.saved[name].removesuffix(name.removeprefix(f'{block.name}.'))
     return fill(self.model.get_submodule(block.name), prefix, self.files, self.device)
 
 @patch

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from fastcore.basics import patch
+from .models import text_config
 from tqdm.auto import tqdm
 
 # %% ../nbs/01_text.ipynb #09919b0d
@@ -54,11 +55,12 @@ def check(self:Windows,
     model, # the model that will read the windows
 ):
     "Raises `ValueError` if `model` cannot read these windows."
-    limit = getattr(model.config, 'max_position_embeddings', None)
+    config = text_config(model)
+    limit = getattr(config, 'max_position_embeddings', None)
     if limit and self.seqlen > limit:
         raise ValueError(f'Windows of {self.seqlen} tokens are longer than the {limit} positions '
                          f'of the model; choose seqlen <= {limit}.')
-    vocab = model.config.vocab_size
+    vocab = config.vocab_size
     extremes = self.ids.min().item(), self.ids.max().item()
     outside = [token for token in extremes if not 0 <= token < vocab]
     if outside:
@@ -190,13 +192,13 @@ def random_tokens(
 ):
     "Windows of token ids drawn uniformly from the vocabulary."
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, model.config.vocab_size, (n, seqlen - len(first)), generator=generator)
+    drawn = torch.randint(0, text_config(model).vocab_size, (n, seqlen - len(first)), generator=generator)
     return Windows(_after(first, drawn), f'random tokens, seed {seed}')
 
 # %% ../nbs/01_text.ipynb #00bd5f39
 def _start(model):
     "Id of the token after which `model` writes: its beginning-of-text token, or its end-of-text token."
-    config = model.config
+    config = text_config(model)
     start = next((t for t in (config.bos_token_id, config.eos_token_id) if t is not None), None)
     if start is None:
         raise ValueError('The configuration has no bos_token_id to begin with; '

@@ -5,22 +5,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prunebook.conform import combinations, conforms, padded_logits, random_kept
+from prunebook.conform import check_method, check_streamed, check_walk, check_writes, combinations, conforms, padded_logits, random_kept
 from prunebook.couplings import FAMILIES, UNITS, Family, Interleaved, MLPChannel, OwnConfig, Stacked, Unit, anatomy, couplings, kinds_of, slice_units
-from prunebook.models import TINY
+from prunebook.methods import MODULES, configured
+from prunebook.models import TINY, TINY_MORE
 from prunebook.save import fits_stock_class, load_pruned, save_pruned
 from transformers import AutoConfig, AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
 
 SMALL = dict(vocab_size=97, hidden_size=24, intermediate_size=37, num_hidden_layers=3, num_attention_heads=6, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-GROUPED = {f: [dict(num_key_value_heads=k) for k in (1, 2, 3, 6)] for f in ('llama', 'mistral', 'qwen2', 'qwen3', 'phi', 'gemma')}
-MODELS = {
-    **{family: (config, GROUPED.get(family, [{}])) for family, config in TINY.items()},
-    'phi3': (dict(SMALL, head_dim=8), [dict(num_key_value_heads=k) for k in (1, 2, 6)]),
-    'gpt_neox': (SMALL, [{}, dict(use_parallel_residual=False, attention_bias=False)])}         # family: its configuration, and variants of it
+GROUPED = {f: [dict(num_key_value_heads=k) for k in (1, 2, 3, 6)] for f in ('llama', 'mistral', 'qwen2', 'qwen3', 'phi', 'gemma', 'phi3')}
+VARIANTS = {                                               # beside the tiny model itself
+    'gpt_neox': [dict(use_parallel_residual=False, attention_bias=False)],
+    'falcon': [dict(new_decoder_architecture=False, multi_query=True), dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, num_kv_heads=6),
+               dict(alibi=True)],
+    'gpt_bigcode': [dict(multi_query=False)],
+    'cohere': [dict(use_qk_norm=True)],
+    'stablelm': [dict(qk_layernorm=True, use_parallel_residual=False)]}
+MODELS = {                                                 # family: its configuration, and variants of it
+    family: (config, GROUPED.get(family) or [{}, *VARIANTS.get(family, [])]) for family, config in (TINY | TINY_MORE).items()}
 ROWS = [(family, variant) for family, (_, variants) in MODELS.items() for variant in range(len(variants))]
-PLAIN = [(f, min(1, len(MODELS[f][1]) - 1)) for f in MODELS]                                     # one variant of each, with grouped queries if it can
+PLAIN = [(f, 1 if f in GROUPED else 0) for f in MODELS]                                          # one variant of each, with grouped queries if it can
+MATRICES = [p for p in PLAIN if p[0] in (*TINY, 'phi3', 'gpt_neox')]                             # every way in which matrices lie
+HEADS_STAY = {'olmo2', 'olmo3', 'bloom', 'mpt', 'gpt_oss'}
+ONLY_ATTENTION = {'mixtral', 'gpt_oss'}
+EXPERTS = ['mixtral', 'qwen2_moe', 'qwen3_moe']            # whose checkpoints keep every expert on its own
+# families whose blocks are built in a way of their own: norms or a gate behind, tuples, residuals inside, experts, ALiBi, sinks
+UNLIKE = ['gemma2', 'olmo2', 'falcon', 'bloom', 'mpt', 'gpt_neo', 'gpt_bigcode', 'glm4', 'mixtral', 'qwen2_moe', 'gpt_oss']
 
 
 def build(family, variant=0, **kw):
@@ -60,14 +72,66 @@ def test_every_family_has_a_row(): assert set(MODELS) == set(FAMILIES)
 def test_conformance(family, variant):
     "Masked is sliced, costs are exact, groups stay even, couplings are kept up to date, files give the same bits."
     model, tried = build(family, variant), set()
-    for kinds in combinations(model):
-        conforms(model, kinds, save=variant == PLAIN[list(MODELS).index(family)][1])
+    every = combinations(model)
+    saved = [every[0], every[-1]] if (family, variant) in PLAIN else []                          # with one width, and with all kinds of them
+    for kinds in every:
+        conforms(model, kinds, save=kinds in saved)
         tried |= set(kinds)
-    grouped = any(b.heads > b.kv_heads for b in anatomy(model))
-    assert tried == {'mlp_channel', 'kv_group', 'value_channel', *['query_head']*grouped}       # no family has less than it could have
+    grouped, config = any(b.heads > b.kv_heads for b in anatomy(model)), model.config
+    stay = family in HEADS_STAY or any(getattr(config, n, False) is True for n in ('alibi', 'use_qk_norm', 'qk_layernorm') if family != 'persimmon')
+    heads = set() if stay else {'kv_group', *['query_head']*grouped}
+    assert tried == heads | {'value_channel', 'mlp_channel'} - ({'mlp_channel'} if family in ONLY_ATTENTION else set())     # no family has less than it could have
 
 
-@pytest.mark.parametrize('family,variant', PLAIN)
+def units_of(model): return tuple(k for k in ('value_channel', 'mlp_channel') if k in kinds_of(model))
+
+
+@pytest.mark.parametrize('family,variant', [r for r in ROWS if r[0] in TINY_MORE])
+def test_a_walk_sees_what_the_model_computes(family, variant): check_walk(build(family, variant))
+
+
+@pytest.mark.parametrize('family', TINY_MORE)
+def test_a_pruned_model_of_every_family_writes(family):
+    model = build(family)
+    check_writes(model)
+    check_writes(check_method(model, configured('recipe', dict(units=units_of(model)))))
+
+
+@pytest.mark.parametrize('method', MODULES)
+@pytest.mark.parametrize('family', UNLIKE)
+def test_every_method_on_families_that_are_unlike_the_others(family, method):
+    model, quick = build(family), dict(bonsai=dict(evaluations=8, seqlen=12), surgeon=dict(shots=2)).get(method, {})
+    check_method(model, configured(method, dict(quick, units=units_of(model))))
+
+
+@pytest.mark.parametrize('family', [*(f for f in UNLIKE if f not in EXPERTS), 'gpt_neox', 'xglm', 'persimmon', 'phi3', 'exaone4'])
+def test_a_checkpoint_on_disk_gives_the_same(family):
+    model = build(family)
+    check_streamed(model, configured('fasp', dict(units=units_of(model))))
+
+
+@pytest.mark.parametrize('family', EXPERTS)
+def test_experts_cannot_be_streamed_yet(family):
+    with pytest.raises(ValueError, match='keeps every expert on its own.*prune it in memory'): check_streamed(build(family), configured('fasp', dict(units=('value_channel',))))
+
+
+@pytest.mark.parametrize('family', ['gemma2', 'llama', 'cohere2', 'phi3', 'gpt_neox'])
+def test_heads_are_compared_by_the_maps_that_the_model_uses(family):
+    "While depth2 looks at attention maps, the model computes what it always computes: soft caps and windows, too."
+    from prunebook.depth2 import _observed_attention
+    model = build(family)
+    with torch.no_grad():
+        expected = padded_logits(model)
+        with _observed_attention(model, lambda layer, P: None): torch.testing.assert_close(padded_logits(model), expected)
+
+
+@pytest.mark.parametrize('family', ['falcon', 'gpt_neo', 'xglm'])
+def test_heads_that_show_no_maps_are_an_error(family):
+    with pytest.raises(ValueError, match='does not show its maps.*choose value_channel, or another method'):
+        check_method(build(family), configured('depth2', dict(units=('kv_group',))))
+
+
+@pytest.mark.parametrize('family,variant', MATRICES)
 def test_conformance_of_a_new_kind_of_unit(family, variant, monkeypatch):
     monkeypatch.setitem(UNITS, 'mlp_pair', MLPPair())
     width = dict(n_inner=38) if family == 'gpt2' else dict(ffn_dim=38) if family == 'opt' else dict(intermediate_size=38)
@@ -111,16 +175,63 @@ def test_a_wrong_layout_is_noticed(family, monkeypatch):
 
 # ---- heads that must stay -------------------------------------------------------------------------------------------
 
-def test_heads_that_the_model_numbers_stay(monkeypatch):
-    names = dict(attention='self_attention', qkv=('self_attention.query_key_value',), out='self_attention.dense', mlp_firsts=('mlp.dense_h_to_4h',),
-                 mlp_second='mlp.dense_4h_to_h', heads=(), attributes=(), layout=Interleaved())
-    monkeypatch.setitem(MODELS, 'bloom', (dict(SMALL, n_layer=3, n_head=6), [{}]))
-    monkeypatch.setitem(FAMILIES, 'bloom', Family(**names))
-    with pytest.raises(RuntimeError): conforms(build('bloom'), 'kv_group')                    # the reason for what follows
-    monkeypatch.setitem(FAMILIES, 'bloom', Family(**names, heads_stay=True))
-    assert combinations(model := build('bloom')) == [('mlp_channel',), ('value_channel',), ('value_channel', 'mlp_channel')]
-    for kinds in combinations(model): conforms(model, kinds)
-    with pytest.raises(ValueError, match='heads of this family must stay.*kv_group cannot be cut; value_channel can'): couplings(model, ('kv_group', 'mlp_channel'))
+@pytest.mark.parametrize('family', ['bloom', 'mpt', 'olmo2', 'gpt_oss'])
+def test_heads_that_belong_together_stay(family, monkeypatch):
+    model = build(family)
+    with pytest.raises(ValueError, match='heads of this family must stay.*kv_group cannot be cut; value_channel can'): couplings(model, 'kv_group')
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], heads_stay=''))
+    with pytest.raises((ValueError, RuntimeError)): conforms(model, 'kv_group', save=False)    # the reason
+
+
+@pytest.mark.parametrize('family,config', [('falcon', dict(alibi=True)), ('cohere', dict(use_qk_norm=True)), ('stablelm', dict(qk_layernorm=True))])
+def test_heads_may_stay_for_a_setting(family, config):
+    assert 'kv_group' in kinds_of(build(family)) and 'kv_group' not in kinds_of(build(family, **config))
+
+
+# ---- mixtures of experts ---------------------------------------------------------------------------------------------
+
+def test_a_model_without_an_mlp_of_linears():
+    model = build('mixtral')
+    with pytest.raises(ValueError, match='no MLP of linear layers.*mlp_channel cannot be cut.*value_channel'): couplings(model, ('value_channel', 'mlp_channel'))
+    assert {c.part for c in couplings(model, 'kv_group')} == {'attention'}
+
+
+@pytest.mark.parametrize('family,width', [('qwen2_moe', [37, 37, 37]), ('qwen3_moe', [37, 0, 0])])
+def test_blocks_with_and_without_experts(family, width):
+    model = build(family)
+    assert [b.mlp_width for b in anatomy(model)] == width
+    assert [c.layer for c in couplings(model, 'mlp_channel')] == [i for i, f in enumerate(width) if f]
+
+
+@pytest.mark.parametrize('family', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt_oss'])
+def test_experts_and_routers_stay_bit_for_bit(family):
+    model = build(family)
+    small = check_method(model, configured('recipe', dict(units=units_of(model))))
+    before, after = model.state_dict(), small.state_dict()
+    own = [n for n in before if '.experts.' in n or '.gate.' in n or '.router.' in n]
+    assert own and all(torch.equal(before[n], after[n]) for n in own)
+
+
+# ---- drift ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('family', [f for f in MODELS if f not in ONLY_ATTENTION])
+def test_what_a_second_linear_loses_is_what_the_stream_loses(family):
+    "Where outputs add to the stream, a change of them is a change of the stream; a norm or a gate would bend it. `adds` says which."
+    model = build(family)
+    b = [b for b in anatomy(model) if b.has('mlp')][-1]
+    ids, shift = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3)), torch.linspace(-1, 1, model.config.hidden_size)
+
+    def state(shift):
+        seen, pick = [], lambda y: y if isinstance(y, torch.Tensor) else y[0]
+        handles = [model.get_submodule(b.mlp_second).register_forward_hook(lambda m, a, y: y + shift),
+                   model.get_submodule(b.name).register_forward_hook(lambda m, a, y: seen.append(pick(y)))]
+        with torch.no_grad(): model(ids, use_cache=False)
+        for h in handles: h.remove()
+        return seen[0]
+
+    change = state(shift) - state(0*shift)
+    scale = change.mean(dim=(0, 1)) @ shift/(shift @ shift)                                       # Granite multiplies by a number
+    assert torch.allclose(change, (scale*shift).expand_as(change), atol=1e-4) is b.family.adds
 
 
 # ---- one configuration for blocks of different sizes ----------------------------------------------------------------

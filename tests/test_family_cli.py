@@ -1,0 +1,49 @@
+"""The command line on a saved tiny model of every family: it is pruned, saved, and loaded again."""
+import json
+
+import pytest
+from prunebook.cli import main
+from prunebook.conform import padded_logits
+from prunebook.couplings import FAMILIES, kinds_of
+from prunebook.load import is_ours
+from prunebook.models import TINY, TINY_MORE, load_model, tiny_model
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory, tiny_tokenizer):
+    "Folder of a saved tiny model, by family."
+    root, made = tmp_path_factory.mktemp('families'), {}
+    def folder(family):
+        if family not in made:
+            model = tiny_model(family)
+            made[family] = root/family, model
+            model.save_pretrained(root/family)
+            tiny_tokenizer.save_pretrained(root/family)
+        return made[family]
+    return folder
+
+
+@pytest.mark.parametrize('method', ['recipe', 'fasp'])
+@pytest.mark.parametrize('family', TINY | TINY_MORE)
+def test_prune_and_load(family, method, saved, tmp_path, capsys):
+    folder, model = saved(family)
+    units = [] if 'mlp_channel' in kinds_of(model) else ['--settings', '{"units": ["value_channel"]}']      # nothing but experts
+    words = ['prune', str(folder), '--method', method, '--sparsity', '0.2', '--text', 'random', '--n', '3', '--seqlen', '14', '--dtype', 'float32', '--device', 'cpu', '--json']
+    assert main([*words, *units, '--out', str(tmp_path/'small')]) == 0, capsys.readouterr().err
+    said = json.loads(capsys.readouterr().out)
+    assert said['method'] == method and said['true_sparsity'] == pytest.approx(.2, abs=.05)
+    small, _ = load_model(str(tmp_path/'small'), 'cpu')
+    assert is_ours(tmp_path/'small') and sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert padded_logits(small).isfinite().all() and type(small).__name__.removeprefix('Pruned') == type(model).__name__
+
+
+def test_every_family_has_a_tiny_model(): assert set(TINY | TINY_MORE) == set(FAMILIES)
+
+
+@pytest.mark.parametrize('family', ['mixtral', 'gpt_oss'])
+def test_units_that_are_not_there_are_named(family, saved, tmp_path, capsys):
+    folder, _ = saved(family)
+    assert main(['prune', str(folder), '--method', 'fasp', '--text', 'random', '--n', '3', '--seqlen', '14', '--device', 'cpu', '--out', str(tmp_path/'small')]) == 2
+    assert 'units=["value_channel"]' in capsys.readouterr().err and not (tmp_path/'small').exists()
