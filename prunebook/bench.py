@@ -52,12 +52,13 @@ class Cell:
     evaluation: list # of dicts: text, n and seqlen of evaluation windows
     speed: int = 5 # pairs of timed runs
     parts: dict = field(default_factory=dict) # part -> functions of the method's module, to be timed
+    preset: str = None # name of a published form that the settings differ from; the defaults without
 
     def built(self):
         "The `Method` or `Zeroing` with its settings. Raises `ValueError` for settings it does not have."
         if self.method in ZEROING: return Zeroing(self.method, self.settings)
         seed = dict(seed=self.seed) if 'seed' in as_method(self.method).settings() else {}
-        return configured(self.method, {**seed, **self.settings})
+        return configured(self.method, {**seed, **self.settings}, self.preset)
 
 # %% ../nbs/80_bench.ipynb #r80z0002
 def _zero_by_magnitude(model, sparsity=None, n=None, m=None):
@@ -155,7 +156,7 @@ def _check_entries(where, found, known):
 _GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list,
             seeds=list, methods=dict) # what a grid file must hold, and of which type
 _ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict, evaluation=list,
-               speed=int, parts=dict, names=str) # what a method of a grid may have, and of which type
+               speed=int, parts=dict, names=str, preset=str) # what a method of a grid may have, and of which type
 _NAMES = '{label}-{sparsity}-{seed}' # what cells are called, if a grid does not say
 
 def _parsed(path):
@@ -239,7 +240,7 @@ def _cells(path, grid, label, m):
     _check_windows(f'{where}: calibration', calibration)
     _check_evaluation(where, m.get('evaluation', []))
     own = {k: m.get(k, grid.get(k, default)) for k, default in dict(evaluation=[], speed=5, parts={}).items()}
-    common = dict(label=str(label), method=m.get('method', label), settings=m.get('settings', {}),
+    common = dict(label=str(label), method=m.get('method', label), settings=m.get('settings', {}), preset=m.get('preset'),
                   model=grid['model'], calibration=calibration, **own)
     crossed = product(m.get('sparsities', grid['sparsities']), m.get('seeds', grid['seeds']))
     pattern = m.get('names', grid.get('names', _NAMES))

@@ -267,6 +267,7 @@ class Record:
     seed: int = 0 # of the calibration windows, and of the method if it has one
     calibration: str = None # calibration windows in words, with their fingerprint
     cell: dict = None # what a grid asked for (see `Cell`)
+    preset: str = None # name of the published form whose settings these are
     # with what
     model_fingerprint: str = None # of the dense model
     versions: dict = None # of packages
@@ -307,7 +308,7 @@ def of(cls:Record,
     settings = {k: v for k, v in plan.settings.items() if k not in ('log', 'state')}   # not the files
     where = dict(model=portable(name), model_fingerprint=plan.model, machine=machine(small))
     left = {n: [len(k), plan.units[n]] for n, k in plan.kept.items()} or None
-    return cls(**{**done, **where, 'settings': settings, 'units_left': left,
+    return cls(**{**done, **where, 'settings': settings, 'preset': plan.preset or None, 'units_left': left,
                   'plain_transformers': fits_stock_class(small), **entries})
 
 # %% ../nbs/65_record.ipynb #r65c0062
