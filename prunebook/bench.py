@@ -71,11 +71,12 @@ def _zero_by_magnitude(model, sparsity=None, n=None, m=None):
 
 def _zero_elements(model, windows, sparsity, score, m=None, gradients=None, **options):
     # m·(1 - sparsity) of m weights stay, if m is given; `gradients`: windows for the curvature
-    from prunebook.elements import sparsify_elements, sparsify_shots
+    from prunebook.elements import sparsify_by_sparsegpt, sparsify_elements, sparsify_shots
     from prunebook.scores import sparsify
     pattern = dict(sparsity=sparsity) if m is None else dict(n=round(m*(1 - sparsity)), m=m)
     if score == 'magnitude': return _zero_by_magnitude(model, **pattern)
     if score == 'wanda': return sparsify(model, windows, **pattern)
+    if score == 'sparsegpt': return sparsify_by_sparsegpt(model, windows, **pattern, **options)
     if score == 'shots': return sparsify_shots(model, windows, **pattern, **options)
     factors = gradients and curvature(model, Windows(windows.ids[:gradients], windows.source), 2)
     return sparsify_elements(model, windows, **pattern, factors=factors, **options)
@@ -87,13 +88,13 @@ def _zero_structures(model, windows, sparsity, criterion='full', **options):
 # %% ../nbs/80_bench.ipynb #r80z0005
 ZEROING = dict(elements=_zero_elements, structures=_zero_structures) # ways to zero weights, by name
 _HOMES = dict(elements='prunebook.elements', structures='prunebook.surgeon') # where their functions live
-_SCORES = ('magnitude', 'wanda', 'inputs', 'curvature', 'shots')
+_SCORES = ('magnitude', 'wanda', 'sparsegpt', 'inputs', 'curvature', 'shots')
 
 def _settings_of(name, score=None):
     "Names of the settings of a way to zero weights."
-    from prunebook.elements import sparsify_elements, sparsify_shots
+    from prunebook.elements import sparsify_by_sparsegpt, sparsify_elements, sparsify_shots
     from prunebook.surgeon import zero_structures
-    functions = dict(structures=zero_structures, shots=sparsify_shots,
+    functions = dict(structures=zero_structures, shots=sparsify_shots, sparsegpt=sparsify_by_sparsegpt,
                      inputs=sparsify_elements, curvature=sparsify_elements)
     f = functions.get(name if name == 'structures' else score)
     given = ('model', 'windows', 'sparsity', 'n', 'm', 'factors', 'report', 'state') # not by a grid

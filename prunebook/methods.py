@@ -174,6 +174,7 @@ class Method:
         return Ridge(damp, self.towards, self.ridge)
 
     def only_slices(self): return not self.restore          # whether it changes no weight that stays
+    def parameters_left(self, ctx): return ctx.linears()    # of the decoder blocks' linears, after the run
 
 # %% ../nbs/06_methods.ipynb #81f30b63
 @patch
@@ -272,9 +273,10 @@ def tokens_needed(self:Method,
 @patch
 def check_text(self:Method,
     table, # couplings that may give units
-    tokens, # calibration tokens
+    windows, # calibration `Windows`
 ):
     "Warns, with the number that is needed, of too little text for a ridge as weak as this."
+    tokens = windows.ids.numel()
     weak = self.damp is not None and self.damp*tokens < PRIOR_TOKENS/2
     needed = self.tokens_needed(table)
     if not weak or tokens >= needed: return
