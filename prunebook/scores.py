@@ -358,6 +358,7 @@ class FLAP(Method):
     def needs(self): return Needs(text=self.restore in (True, 'folded'), everywhere=self.restore == 'bias')
     def prepare(self, ctx):
         return _fluctuations(ctx, self.restore == 'bias', self.square_attention, self.variance)
+    def tokens_needed(self, table): return super().tokens_needed(table) if self.restore is True else 0
     def score(self, v): return v.found.scores[v.coupling.name]
     def allocate(self, ctx): return _weakest_of_all(ctx, ctx.found)
     def repair(self, v, keep):
