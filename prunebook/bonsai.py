@@ -869,7 +869,7 @@ def _losses_work(self:Bonsai, job, gone):
     seqlen = min(self.seqlen or job.seqlen, job.seqlen)
     pieces = job.windows*(job.seqlen//seqlen)
     read = min(self.windows or pieces, pieces)
-    texts = max(1, min(self.evaluations//8, pieces//read))
+    texts = max(1, min(self.sets or self.evaluations//8, pieces//read))
     runs, batch = self.evaluations + texts, min(read, job.run.batch_size)*seqlen
     passes = est.forward_blocks(job, read*seqlen, seqlen)*(runs - gone*self.evaluations) + est.head(job, read*seqlen)*runs
     logits = est.brief(job.vocabulary*(job.size*batch + 8*seqlen))                               # of a batch; of a window in float32

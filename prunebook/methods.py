@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, couplings, family_of
 from .models import blocks, check_writable
 from .plan import check_type, uniform_steps
-from .repair import PRIOR_TOKENS, Ridge, damp_for
+from .repair import Ridge, damp_for
 from .text import self_generated
 
 # %% ../nbs/06_methods.ipynb #d00r0302
@@ -259,7 +259,7 @@ def preset(self:Method):
     return next((p for p in self.PUBLISHED if mine(self.published(p)) == mine(self)), '')
 
 # %% ../nbs/06_methods.ipynb #p06c0003
-TOKENS_PER_COLUMN = 10 # of a fit that no ridge holds back
+TOKENS_PER_COLUMN = 10 # of a fit whose ridge pulls to zero
 
 @patch
 def tokens_needed(self:Method,
@@ -275,13 +275,11 @@ def check_text(self:Method,
     table, # couplings that may give units
     windows, # calibration `Windows`
 ):
-    "Warns, with the number that is needed, of too little text for a ridge as weak as this."
-    tokens = windows.ids.numel()
-    weak = self.damp is not None and self.damp*tokens < PRIOR_TOKENS/2
-    needed = self.tokens_needed(table)
-    if not weak or tokens >= needed: return
-    warnings.warn(f'{self.name} with damp {self.damp} needs about {needed} calibration tokens for these layers, '
-                  f'and the text has {tokens}; give more text, or damp=None for a ridge that fits the text.')
+    "Warns, with the number that is needed, of too little text for a ridge that pulls to zero."
+    tokens, needed = windows.ids.numel(), self.tokens_needed(table)
+    if self.towards == 'weights' or tokens >= needed: return
+    warnings.warn(f'{self.name} with a ridge towards zero needs about {needed} calibration tokens for these layers, '
+                  f'and the text has {tokens}; give more text, or towards="weights".')
 
 # %% ../nbs/06_methods.ipynb #d00r0305
 def plain_linear(
