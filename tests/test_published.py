@@ -8,7 +8,7 @@ import yaml
 from helpers import tiny_model
 from prunebook.bench import read_grid
 from prunebook.bonsai import Bonsai, _within
-from prunebook.cli import _method
+from prunebook.cli import _method, main
 from prunebook.couplings import couplings
 from prunebook.depth2 import Depth2, heads_by_rows, removal_order
 from prunebook.methods import MODULES, TOKENS_PER_COLUMN, as_method, configured
@@ -77,6 +77,22 @@ def test_command_line_and_grid_take_a_preset(tmp_path):
     grid['methods']['a']['preset'] = 'printed'
     (tmp_path/'grid.yml').write_text(yaml.safe_dump(grid))
     with pytest.raises(ValueError, match="a: flap has no preset 'printed'"): read_grid(tmp_path/'grid.yml')
+
+
+@pytest.mark.parametrize('name', ['fasp', 'depth2', 'surgeon', 'flap'])
+@pytest.mark.filterwarnings('ignore')
+def test_command_line_makes_and_records_a_published_form(name, tiny_tokenizer, own_modules, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv('PRUNEBOOK_DATA', raising=False)
+    tiny_model('llama', max_position_embeddings=512).save_pretrained(tmp_path/'dense')
+    tiny_tokenizer.save_pretrained(tmp_path/'dense')
+    settings = json.dumps(SMALL.get(name, {}))
+    code = main(['prune', str(tmp_path/'dense'), '--out', str(tmp_path/'small'), '--method', name, '--preset', 'published', '--settings', settings,
+                 '--text', 'passages', '--n', '3', '--seqlen', '64', '--json', '--device', 'cpu', '--dtype', 'float32'])
+    record, plan = json.loads(capsys.readouterr().out), PrunePlan.load(tmp_path/'small'/'plan.json')
+    exact = not settings.strip('{}')                       # nothing was changed for three blocks
+    assert code == 0 and plan.preset == ('published' if exact else '') and record.get('preset') == (plan.preset or None)
+    wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in as_method(name).PUBLISHED['published'].items() if k not in SMALL.get(name, {})}
+    assert {k: plan.settings[k] for k in wanted} == wanted
 
 
 # ---- too little text ------------------------------------------------------------------------------------------------
