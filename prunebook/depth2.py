@@ -286,7 +286,7 @@ def _first_level(
 
 # %% ../nbs/30_depth2.ipynb #f4d0c35f
 _AS_PUBLISHED = dict(units=('kv_group', 'mlp_channel'), tau=.2, restore='two_step', trust=1., damp=1e-4,
-                     towards='zero', spare=(4, 2)) # what the paper and its code share
+                     towards='zero', ridge='mean', spare=(4, 2)) # what the paper and its code share
 
 @dataclass
 class Depth2(Method):
