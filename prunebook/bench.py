@@ -55,12 +55,13 @@ class Cell:
     speed: int = 5 # pairs of timed runs
     tasks: dict = field(default_factory=dict) # zero-shot tasks: `names`, and `limit` questions of each
     parts: dict = field(default_factory=dict) # part -> functions of the method's module, to be timed
+    preset: str = None # name of a published form that the settings differ from; the defaults without
 
     def built(self):
         "The `Method` or `Zeroing` with its settings. Raises `ValueError` for settings it does not have."
         if self.method in ZEROING: return Zeroing(self.method, self.settings)
         seed = dict(seed=self.seed) if 'seed' in as_method(self.method).settings() else {}
-        return configured(self.method, {**seed, **self.settings})
+        return configured(self.method, {**seed, **self.settings}, self.preset)
 
 # %% ../nbs/80_bench.ipynb #r80z0002
 def _zero_by_magnitude(model, sparsity=None, n=None, m=None):
@@ -73,11 +74,12 @@ def _zero_by_magnitude(model, sparsity=None, n=None, m=None):
 
 def _zero_elements(model, windows, sparsity, score, m=None, gradients=None, **options):
     # m·(1 - sparsity) of m weights stay, if m is given; `gradients`: windows for the curvature
-    from prunebook.elements import sparsify_elements, sparsify_shots
+    from prunebook.elements import sparsify_by_sparsegpt, sparsify_elements, sparsify_shots
     from prunebook.scores import sparsify
     pattern = dict(sparsity=sparsity) if m is None else dict(n=round(m*(1 - sparsity)), m=m)
     if score == 'magnitude': return _zero_by_magnitude(model, **pattern)
     if score == 'wanda': return sparsify(model, windows, **pattern)
+    if score == 'sparsegpt': return sparsify_by_sparsegpt(model, windows, **pattern, **options)
     if score == 'shots': return sparsify_shots(model, windows, **pattern, **options)
     factors = gradients and curvature(model, Windows(windows.ids[:gradients], windows.source), 2)
     return sparsify_elements(model, windows, **pattern, factors=factors, **options)
@@ -89,13 +91,13 @@ def _zero_structures(model, windows, sparsity, criterion='full', **options):
 # %% ../nbs/80_bench.ipynb #r80z0005
 ZEROING = dict(elements=_zero_elements, structures=_zero_structures) # ways to zero weights, by name
 _HOMES = dict(elements='prunebook.elements', structures='prunebook.surgeon') # where their functions live
-_SCORES = ('magnitude', 'wanda', 'inputs', 'curvature', 'shots')
+_SCORES = ('magnitude', 'wanda', 'sparsegpt', 'inputs', 'curvature', 'shots')
 
 def _settings_of(name, score=None):
     "Names of the settings of a way to zero weights."
-    from prunebook.elements import sparsify_elements, sparsify_shots
+    from prunebook.elements import sparsify_by_sparsegpt, sparsify_elements, sparsify_shots
     from prunebook.surgeon import zero_structures
-    functions = dict(structures=zero_structures, shots=sparsify_shots,
+    functions = dict(structures=zero_structures, shots=sparsify_shots, sparsegpt=sparsify_by_sparsegpt,
                      inputs=sparsify_elements, curvature=sparsify_elements)
     f = functions.get(name if name == 'structures' else score)
     given = ('model', 'windows', 'sparsity', 'n', 'm', 'factors', 'report', 'state') # not by a grid
@@ -158,7 +160,8 @@ def _check_entries(where, found, known):
 _GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list,
             seeds=list, methods=dict) # what a grid file must hold, and of which type
 _ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict, evaluation=list,
-               speed=int, tasks=dict, parts=dict, names=str) # what a method of a grid may have, and of which type
+               speed=int, tasks=dict, parts=dict, names=str,
+               preset=str) # what a method of a grid may have, and of which type
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _NAMES = '{label}-{sparsity}-{seed}' # what cells are called, if a grid does not say
 
@@ -255,7 +258,8 @@ def _cells(path, grid, label, m):
     _check_evaluation(where, m.get('evaluation', []))
     own = {k: m.get(k, grid.get(k, default)) for k, default in dict(evaluation=[], speed=5, tasks={}, parts={}).items()}
     common = dict(label=str(label), method=m.get('method', label), settings=m.get('settings', {}),
-                  model=grid['model'], dtype=grid.get('dtype', 'float32'), calibration=calibration, **own)
+                  preset=m.get('preset'), model=grid['model'], dtype=grid.get('dtype', 'float32'),
+                  calibration=calibration, **own)
     crossed = product(m.get('sparsities', grid['sparsities']), m.get('seeds', grid['seeds']))
     pattern = m.get('names', grid.get('names', _NAMES))
     if common['method'] == 'dense': crossed, pattern = [(0., 0)], '{label}'

@@ -19,7 +19,7 @@ from . import estimate as est
 from .couplings import UNITS, OwnConfig, anatomy, couplings, set_attribute, slice_units, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
-from .plan import REMEDIES, check_numbers, global_steps, keep_after, uniform_steps
+from .plan import REMEDIES, bundles, check_numbers, global_steps, keep_after, uniform_steps
 from .stream import run_key
 from .text import Windows
 from .walk import replaced, walk
@@ -602,10 +602,16 @@ def _fit_l1(
     return _Fit(coefficients, -(w.sum().item() + b), -held_out, info)
 
 # %% ../nbs/40_bonsai.ipynb #9da2eeea
+_AS_PUBLISHED = dict( # masks, text, regression and choice of the published code
+    units=('mlp_channel', 'kv_group'), evaluations=200, step=.05, design='published', windows=32, seqlen=None, sets=1,
+    prior='wanda', prior_windows=32, target='perplexity', estimator='l1', per_parameter=False, rescale=False,
+    exact=False, tolerance=.02)
+
 @dataclass
 class Bonsai(Method):
     "Prune by a regression of the loss on random sub-models, with forward passes only (Kolawole et al. 2024)."
     name = 'bonsai'
+    PUBLISHED = {'published': _AS_PUBLISHED}
     # sub-models in a round
     evaluations: int = setting(128, least=8, is_a='an even number of sub-models, at least 8')
     # fraction of the decoder's parameters that a round removes, at most
@@ -614,8 +620,12 @@ class Bonsai(Method):
     windows: int | None = setting(2, least=1, is_a='a number of pieces, at least 1, or None')
     # tokens in a piece; None: whole windows
     seqlen: int | None = setting(128, least=2, is_a='a number of tokens, at least 2, or None')
+    # different sets of pieces in a round, drawn anew for every round; None: one for eight sub-models
+    sets: int | None = setting(None, least=1, is_a='a number of sets, at least 1, or None')
     # order of the units before any experiment
     prior: Literal['output', 'wanda', 'magnitude', 'random'] = 'output'
+    # calibration windows that give this order; None: all
+    prior_windows: int | None = setting(None, least=1, is_a='a number of windows, at least 1, or None')
     design: Literal['orthogonal', 'published'] = 'orthogonal' # masks
     target: Literal['loss', 'perplexity'] = 'loss' # what is explained
     # regression; `l1` as published, `prior` without sub-models
@@ -623,22 +633,14 @@ class Bonsai(Method):
     per_parameter: bool = True # choose by coefficient per parameter, not by coefficient
     # what is in play grows with the share of what is left; if not, it stays twice the published share
     rescale: bool = True
+    # equal rounds, each of which removes at least its budget; if not, rounds of `step` that remove at most theirs
+    exact: bool = True
     # a run may stop this far below the sparsity that was asked for
     tolerance: float = setting(0., least=0, below=1, is_a='a fraction')
     seed: int = 0 # of text and masks
 
     @property
     def needs(self): return Needs(text=self.restore, whole_model='runs sub-models of the whole model')
-
-    @classmethod
-    def published(cls,
-        **settings, # those that shall differ
-    ):
-        "The published defaults (masks, prior, regression, choice), with changes."
-        masks = dict(units=('mlp_channel', 'kv_group'), evaluations=200, step=.05, design='published')
-        text = dict(windows=None, seqlen=None, prior='wanda', target='perplexity')
-        choice = dict(estimator='l1', per_parameter=False, rescale=False, tolerance=.02)
-        return cls(**{**masks, **text, **choice, **settings})
 
     def check(self):
         "Raises `ValueError` for a setting that cannot be."
@@ -648,13 +650,24 @@ class Bonsai(Method):
 
 # %% ../nbs/40_bonsai.ipynb #bsw00001
 @patch
+def check_text(self:Bonsai, table, windows):
+    "Warns of too little text for fresh windows in every round."
+    Method.check_text(self, table, windows)
+    if self.sets is None or self.windows is None: return
+    seqlen = min(self.seqlen or windows.seqlen, windows.seqlen)
+    one, given = self.sets*self.windows*seqlen, windows.ids.numel()
+    if given >= 2*one: return
+    warnings.warn(f'bonsai reads {one} tokens in every round, and fresh ones in the next; it needs about {2*one} '
+                  f'calibration tokens, and the text has {given}, so that rounds read much the same.')
+
+@patch
 def _texts(self:Bonsai, windows, gen):
     "Sets of pieces of the calibration text; a sub-model reads one set, and so does the whole model."
     size = min(self.seqlen or windows.seqlen, windows.seqlen)
     pieces = windows.ids[:, :windows.seqlen//size*size].reshape(-1, size)
     sets = pieces[torch.randperm(len(pieces), generator=gen)].split(self.windows or len(pieces))
     alike = [s for s in sets if len(s) == len(sets[0])]
-    return alike[:max(1, self.evaluations//8)]
+    return alike[:self.sets or max(1, self.evaluations//8)]
 
 # %% ../nbs/40_bonsai.ipynb #4c1adeb6
 _DESIGNS = dict(published=_published_pairs, orthogonal=_orthogonal_pairs) # masks by the name of their design
@@ -733,6 +746,19 @@ def _explained(self:Bonsai, entry):
     return entry['fit'].coefficients, self._order(*known, entry['fit'].coefficients)
 
 # %% ../nbs/40_bonsai.ipynb #603f854f
+def _within(table, scores, budget):
+    "Bundles that leave each coupling: the weakest of all, as many as the budget holds, and at least one; by name."
+    queue = []
+    for i, c in enumerate(table):
+        worth = bundles(c, scores[c.name])[1]/(c.cost*c.groups)
+        queue += [(w, i) for w in worth.cummax(0).values.tolist()[:-1]]        # the last bundle stays
+    steps, removed = {c.name: 0 for c in table}, 0
+    for _, i in sorted(queue):
+        removed += table[i].cost*table[i].groups
+        if removed > budget and any(steps.values()): break
+        steps[table[i].name] += 1
+    return steps
+
 @patch
 def _share(self:Bonsai, table, budget, published):
     "Share of the units in play: twice what the round removes of what is left, or of the dense model."
@@ -745,7 +771,8 @@ def _round(self:Bonsai, place, table, removed, goal):
     left = place.linears()
     budget = (goal - removed)*place.total
     seed = self.seed + len(self.history)
-    prior = prior_scores(place.model, place.windows, table, self.prior, place.batch_size, seed)
+    read = Windows(place.windows.ids[:self.prior_windows], place.windows.source)
+    prior = prior_scores(place.model, read, table, self.prior, place.batch_size, seed)
     entry = dict(table=table, prior=place.workers.shared(prior), goal=goal)
     self.history.append(entry)
     if self.estimator == 'prior':
@@ -755,7 +782,7 @@ def _round(self:Bonsai, place, table, removed, goal):
         self._evaluate(place, entry, self._share(table, budget, goal - removed))
         scores, chosen = self._explained(entry)
         by_name = {c.name: s for c, s in zip(table, _split(chosen, table))}
-        steps = global_steps(table, by_name, budget/left, left)
+        steps = global_steps(table, by_name, budget/left, left) if self.exact else _within(table, by_name, budget)
     kept = {c.name: keep_after(c, s, steps[c.name]) for c, s in zip(table, _split(chosen, table))}
     entry['gone'] = torch.ones(len(chosen), dtype=bool)
     for c, g in zip(table, _split(entry['gone'], table)): g[kept[c.name]] = False
@@ -789,7 +816,7 @@ def _rounds(self:Bonsai, ctx, model):
     scores = {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}
     while removed < ctx.sparsity - max(self.tolerance, 1e-9):
         missing = ctx.sparsity - removed
-        goal = removed + missing/math.ceil(missing/self.step - 1e-9)
+        goal = removed + (missing/math.ceil(missing/self.step - 1e-9) if self.exact else min(missing, self.step))
         table = self._table(model)
         kept, found = self._round(place, table, removed, goal)
         for c, s in zip(table, _split(found, table)): scores[c.name][alive[c.name]] = s
@@ -842,7 +869,7 @@ def _losses_work(self:Bonsai, job, gone):
     seqlen = min(self.seqlen or job.seqlen, job.seqlen)
     pieces = job.windows*(job.seqlen//seqlen)
     read = min(self.windows or pieces, pieces)
-    texts = max(1, min(self.evaluations//8, pieces//read))
+    texts = max(1, min(self.sets or self.evaluations//8, pieces//read))
     runs, batch = self.evaluations + texts, min(read, job.run.batch_size)*seqlen
     passes = est.forward_blocks(job, read*seqlen, seqlen)*(runs - gone*self.evaluations) + est.head(job, read*seqlen)*runs
     logits = est.brief(job.vocabulary*(job.size*batch + 8*seqlen))                               # of a batch; of a window in float32

@@ -94,6 +94,7 @@ def cmd_prune(
     method:str='recipe', # pruning method
     sparsity:float=.2, # fraction of the parameters of the decoder blocks' linear layers to remove
     settings:str='{}', # settings of the method as JSON, for example '{"restore": false}'
+    preset:str=None, # a published form of the method, for example published; the settings differ from it
     # calibration text: wikitext2, passages, random, self, a file of text or JSON Lines,
     # or a data set of the hub
     text:str='wikitext2',
@@ -129,7 +130,7 @@ def cmd_prune(
     if not 0 <= sparsity < 1:
         raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
     run = _run_of(batch_size, log, lean)
-    method, bos = _method(method, settings), _bos(bos)
+    method, bos = _method(method, settings, preset), _bos(bos)
     if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
     asked = _tasks(tasks, limit), limit
     if resume and not stream:
@@ -211,7 +212,7 @@ def _place(out, model, sparsity, device, dtype, force):
     except KeyboardInterrupt as e: raise type(e)(_left(out, before)) from None
 
 # %% ../nbs/99_cli.ipynb #572e15c9
-def _method(name, settings):
+def _method(name, settings, preset=None):
     "A method by name, with settings from a JSON string. Raises `ValueError` for settings that cannot be."
     from prunebook.methods import configured
     try: values = json.loads(settings)
@@ -219,7 +220,7 @@ def _method(name, settings):
         raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
     if not isinstance(values, dict):
         raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
-    return configured(name, values)
+    return configured(name, values, preset)
 
 def _run_of(batch_size, log, lean):
     "A `Run` from options. Raises `ValueError` for a value that cannot be."

@@ -35,6 +35,7 @@ def rank_correlation(
 class FASP(Method):
     "Prune coupled columns and rows by a Wanda-style score of columns, and restore them (Hu et al. 2025)."
     name = 'fasp'
+    PUBLISHED = {'published': dict(units=('value_channel', 'mlp_channel'), damp=1e-4, towards='zero', ridge='mean')}
     restore: bool = True # re-fit the kept columns
     ridge: Literal['mean', 'own'] = 'own' # `damp` is a fraction of each channel's own power
 

@@ -233,6 +233,7 @@ class PrunePlan:
     true_sparsity: float | int = 0. # fraction of decoder parameters removed
     scores: dict[str, list[float | int | None]] = field(default_factory=dict) # of each unit; None: no score
     versions: dict = field(default_factory=_versions) # of the packages used
+    preset: str = '' # name of the published form whose settings these are
 
     def save(self,
         path, # JSON file to write
@@ -258,7 +259,8 @@ class PrunePlan:
 
     def __repr__(self):
         shares = f'{self.true_sparsity:.2%} of the decoder parameters go (asked: {self.sparsity:.2%})'
-        return f'{self.method} plan: {shares}, {len(self.kept)} couplings of model {self.model}'
+        method = f'{self.method} ({self.preset})' if self.preset else self.method
+        return f'{method} plan: {shares}, {len(self.kept)} couplings of model {self.model}'
 
 # %% ../nbs/04_plan.ipynb #d00r0009
 def _check_plan(

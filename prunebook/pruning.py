@@ -53,6 +53,7 @@ def _prune_model(model, calibration, method, sparsity, inplace, run):
     if calibration is not None: calibration.check(model)
     check_finite(model)
     if calibration is None: calibration = method.own_windows(model)
+    method.check_text(method.table(model), calibration)
     units = {c.name: c.n_units for c in couplings(model, method.units)}
     fingerprint = model_fingerprint(model)
     small = model if inplace else copy.deepcopy(model)
@@ -65,8 +66,9 @@ def _prune_model(model, calibration, method, sparsity, inplace, run):
 def _plan(method, ctx, total, kept, scores, units, fingerprint):
     "The plan of a run that is over; the sparsity is counted on the tensors."
     settings, text = plain_settings(method), repr(ctx.windows)
-    true = 1 - ctx.linears()/total
-    return PrunePlan(method.name, settings, ctx.sparsity, kept, units, fingerprint, text, true, plain_scores(scores))
+    true = 1 - method.parameters_left(ctx)/total
+    return PrunePlan(method.name, settings, ctx.sparsity, kept, units, fingerprint, text, true, plain_scores(scores),
+                     preset=method.preset)
 
 def prune(
     source, # a causal language model in evaluation mode, or the folder of a checkpoint
@@ -263,6 +265,7 @@ def _stream_into(folder, work, calibration, method, sparsity, run):
     calibration.check(source.model)
     total = n_parameters(decoder_linears(source.model).values())
     check_sparsity(sparsity, method.table(source.model), total)
+    method.check_text(method.table(source.model), calibration)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
     key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)
     ctx = Context(source, calibration, sparsity, run, StreamLog(work, key))

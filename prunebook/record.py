@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about']
+           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about', 'forms_table']
 
 # %% ../nbs/65_record.ipynb #r65c0004
 import json
@@ -22,7 +22,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .evaluate import Perplexity, continuation, peak_memory, speed, weight_bytes, window_losses
+from .evaluate import Perplexity, continuation, loss_difference, peak_memory, speed, weight_bytes, window_losses
 from .models import decoder_linears, n_parameters
 from .plan import _versions, model_fingerprint
 from .save import fits_stock_class
@@ -280,6 +280,7 @@ class Record:
     seed: int = 0 # of the calibration windows, and of the method if it has one
     calibration: str = None # calibration windows in words, with their fingerprint
     cell: dict = None # what a grid asked for (see `Cell`)
+    preset: str = None # name of the published form whose settings these are
     # with what
     model_fingerprint: str = None # of the dense model
     versions: dict = None # of packages
@@ -321,7 +322,7 @@ def of(cls:Record,
     settings = {k: v for k, v in plan.settings.items() if k not in ('log', 'state')}   # not the files
     where = dict(model=portable(name), model_fingerprint=plan.model, machine=machine(small))
     left = {n: [len(k), plan.units[n]] for n, k in plan.kept.items()} or None
-    return cls(**{**done, **where, 'settings': settings, 'units_left': left,
+    return cls(**{**done, **where, 'settings': settings, 'preset': plan.preset or None, 'units_left': left,
                   'plain_transformers': fits_stock_class(small), **entries})
 
 # %% ../nbs/65_record.ipynb #r65c0062
@@ -360,3 +361,30 @@ def about(
     "Where data come from: model, text, versions, machine and time, as plain values."
     which = dict(model=portable(name), model_fingerprint=model_fingerprint(model), windows=[repr(w) for w in windows])
     return dict(which, cpu_seconds=round(cpu_seconds, 1), versions=_versions(), machine=machine(model))
+
+# %% ../nbs/65_record.ipynb #p65c0001
+def forms_table(
+    forms, # names of result files, without ending, by label; the others are compared with the first
+    folder='../results/p1', # where the files are
+):
+    "Forms of a method as a Markdown table: sparsity, perplexity, and difference in nats from the first, paired by window."
+    paths = {label: Path(folder)/f'{name}.json' for label, name in forms.items()}
+    found = {label: json.loads(p.read_text(encoding='utf-8')) for label, p in paths.items() if p.exists()}
+    first = found.get(next(iter(forms)))
+    rows = [_form_row(label, found.get(label), first) for label in forms]
+    head = '| form | true sparsity | perplexity | precision | loss, compared with the first |\n|---|---|---|---|---|'
+    return '\n'.join([head, *rows])
+
+def _form_row(label, record, first):
+    "A line of the table."
+    if record is None: return f'| {label} | | not measured | | |'
+    p, dtype = record['perplexity']['after'], record['machine']['dtype']
+    cells = [label, f'{record["true_sparsity"]:.4f}', f'{p["value"]:.2f} ± {p["stderr"]:.2f}', dtype, _paired(record, first)]
+    return f'| {" | ".join(cells)} |'
+
+def _paired(record, first):
+    "By how much the loss is higher than that of the first, in words; nothing where that cannot be said."
+    if first is None or record is first or not (record.get('losses') and first.get('losses')): return ''
+    if record['evaluation'] != first['evaluation'] or record['machine']['dtype'] != first['machine']['dtype']: return ''
+    a, b = (Perplexity(torch.tensor(r['losses']['after'])) for r in (first, record))
+    return '{:+.3f} ± {:.3f}'.format(*loss_difference(a, b))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Random', 'with_bias', 'module_names', 'Magnitude', 'check_pattern', 'wanda_mask', 'linears_to_sparsify',
-           'zeros_among', 'sparsify', 'WandaSp', 'channel_moments', 'fluctuation', 'FLAP', 'Taylor']
+           'zeros_among', 'sparsify', 'WandaSp', 'channel_moments', 'fluctuation', 'running_moments', 'FLAP', 'Taylor']
 
 # %% ../nbs/10_scores.ipynb #099785c8
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from . import estimate as est
-from .couplings import anatomy, weight_of
+from .couplings import anatomy, masked, weight_of
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
-from .plan import check_numbers, check_sparsity, global_steps
+from .plan import check_numbers, check_sparsity, global_steps, keep_after
 from .repair import Ridge, as_double, double_device
 from .text import Windows
 from .walk import record_calls
@@ -89,17 +89,24 @@ def check_pattern(
                          f'choose an m that divides {columns}.')
 
 # %% ../nbs/10_scores.ipynb #a05bf302
+def _rounded(number, rounding):
+    "A whole number: at least, or at most, the given one. Raises `ValueError` for another word."
+    words = dict(up=lambda x: math.ceil(x - 1e-9), down=lambda x: math.floor(x + 1e-9))
+    if rounding not in words: raise ValueError(f'rounding is {rounding!r}; it is "up" or "down".')
+    return words[rounding](number)
+
 def wanda_mask(
     W, # weight, (d, f)
     norms, # two-norm of every input over the calibration tokens, (f,)
-    sparsity=None, # fraction of each row that goes, rounded up
+    sparsity=None, # fraction of each row that goes
     n=None, # or: weights that stay
     m=None, # of so many consecutive ones
+    rounding='up', # of the number of weights that go; `down` in the published code
 ):
     "Which weights stay under Wanda (eq. wanda), compared within a row or within groups of m; bool, (d, f)."
     check_pattern(W.shape[1], sparsity, n, m)
     S = (W.float().abs()*norms.float()).reshape(len(W), -1, m or W.shape[1])                 # (d, groups, m)
-    gone = m - n if m else math.ceil(W.shape[1]*sparsity - 1e-9)
+    gone = m - n if m else _rounded(W.shape[1]*sparsity, rounding)
     weakest = S.argsort(dim=-1, stable=True)[..., :gone]
     return torch.ones_like(S, dtype=bool).scatter_(-1, weakest, False).reshape(W.shape)
 
@@ -134,6 +141,7 @@ def sparsify(
     n=None, # or: weights that stay
     m=None, # of so many consecutive ones
     batch_size=8, # windows in a forward pass
+    rounding='up', # of the number of weights of a row that go; `down` in the published code
 ):
     """Zero single weights by Wanda, block after block; returns the fraction of zeros.
     Raises `ValueError` before any work, or for inputs that are not finite."""
@@ -143,7 +151,8 @@ def sparsify(
         inside = [l for name, l in linears.items() if name.startswith(b.name + '.')]
         norms = _input_norms(inside, lambda: _forward_block(model, b, states, calls))
         for x in norms: check_numbers(x, f'norms of the inputs in {b.name}', model.dtype)
-        for l, x in zip(inside, norms): weight_of(l).data.mul_(wanda_mask(weight_of(l), x, sparsity, n, m))
+        for l, x in zip(inside, norms):
+            weight_of(l).data.mul_(wanda_mask(weight_of(l), x, sparsity, n, m, rounding))
         states = _forward_block(model, b, states, calls)
     return zeros_among(linears)
 
@@ -171,12 +180,43 @@ def _input_norms(linears, run):
 class WandaSp(Method):
     "Remove the units with the smallest mean Wanda score (eq. wandasp), as in the code of FLAP."
     name = 'wanda_sp'
+    PUBLISHED = {'published': dict(whole_blocks=True)}
     units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
+    whole_blocks: bool = False # measure both parts of a block before either is cut
+
+    @property
+    def needs(self):
+        if not self.whole_blocks: return Needs()
+        return Needs(text=self.restore, whole_model='measures a whole block before it is cut')
+
+    def prepare(self, ctx): return _scores_of_whole_blocks(ctx, self.allocate(ctx)) if self.whole_blocks else None
 
     def score(self, v):
+        if self.whole_blocks: return v.found[v.coupling.name]
         squares = sum(x.flatten(0, -2).float().pow(2).sum(0) for x in v.X)                   # (f,)
         norms = (squares/sum(len(x) for x in v.X)).sqrt()
         return v.per_unit(v.weight.float().abs().mean(0)*norms)
+
+# %% ../nbs/10_scores.ipynb #p10c0001
+@torch.no_grad()
+def _scores_of_whole_blocks(
+    ctx, # `Context` of the run
+    steps, # bundles that leave each coupling, by name
+):
+    "Scores of all units (eq. wandasp), measured in blocks that are whole, behind blocks that are cut."
+    model, scores = ctx.model, {}
+    states, calls = map(list, zip(*[record_calls(model, ids) for ids in ctx.windows.batches(ctx.run.batch_size)]))
+    for b in tqdm(anatomy(model), desc='wanda_sp', leave=False):
+        table = [c for c in ctx.table if c.layer == b.layer]
+        seconds = [model.get_submodule(c.second[0]) for c in table]
+        norms = _input_norms(seconds, lambda: _forward_block(model, b, states, calls))
+        for c, l, x in zip(table, seconds, norms):
+            columns = weight_of(l).float().abs().mean(0)*x/len(ctx.windows)**.5              # (f,)
+            check_numbers(columns, f'scores of {c.name}', model.dtype)
+            scores[c.name] = columns[c.second[1].to(columns.device)].sum(1).cpu()
+        with masked(model, {c.name: keep_after(c, scores[c.name], steps[c.name]) for c in table}):
+            states = _forward_block(model, b, states, calls)
+    return scores
 
 # %% ../nbs/10_scores.ipynb #1ad15df9
 def channel_moments(
@@ -194,6 +234,18 @@ def fluctuation(
 ):
     "FLAP's score of every column (eq. fluctuation), float64, (f,)."
     return variance*as_double(W).pow(2).sum(0)
+
+# %% ../nbs/10_scores.ipynb #p10c0003
+def running_moments(
+    X, # list of inputs, each (windows, seqlen, columns)
+):
+    "Mean and fluctuation of every input as FLAP's code adds them up, float64, two tensors (columns,)."
+    mean = fluctuation = torch.zeros(X[0].shape[-1], dtype=torch.float64, device=double_device(X[0].device))
+    for n, x in enumerate(window for batch in X for window in batch):
+        x = as_double(x)                                   # (seqlen, columns)
+        mean = (mean*n + x.mean(0))/(n + 1)
+        if n: fluctuation = fluctuation*(n - 1)/n + (x - mean).pow(2).sum(0)/(n + 1)
+    return mean, fluctuation
 
 # %% ../nbs/10_scores.ipynb #36a1f1b0
 def _standard_scores(
@@ -238,12 +290,13 @@ def _fluctuations(
     ctx, # `Context` of the run
     biases=False, # whether second linears without a bias get one
     square_attention=True, # square the scores of attention columns before they are standardised
+    variance='exact', # or `running`, as published
 ):
     "What FLAP measures. Raises `ValueError` before any work for a sparsity that cannot be reached."
     found = _Fluctuations(_target(ctx, biases), {}, {})
     for v in ctx.look(desc='flap'):
-        mean, variance = channel_moments(v.X)
-        s = fluctuation(v.weight, variance)
+        mean, spread = channel_moments(v.X) if variance == 'exact' else running_moments(v.X)
+        s = fluctuation(v.weight, spread)
         if square_attention and v.part == 'attention': s = s**2
         found.means[v.coupling.name] = mean
         found.scores[v.coupling.name] = _standard_scores(v.coupling, s).cpu()
@@ -295,13 +348,17 @@ def _bias_mean(
 class FLAP(Method):
     "Remove what fluctuates least, compared across matrices (eq. z), and keep its mean (An et al. 2024)."
     name = 'flap'
+    PUBLISHED = {'published': dict(restore='bias', variance='running')}
     units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
     restore: bool | Literal['folded', 'bias'] = 'folded' # where the lost mean goes; True re-fits
     square_attention: bool = True # square the scores of attention, as the published code does
+    variance: Literal['exact', 'running'] = 'exact' # of the inputs; `running` as in the published code
 
     @property
     def needs(self): return Needs(text=self.restore in (True, 'folded'), everywhere=self.restore == 'bias')
-    def prepare(self, ctx): return _fluctuations(ctx, self.restore == 'bias', self.square_attention)
+    def prepare(self, ctx):
+        return _fluctuations(ctx, self.restore == 'bias', self.square_attention, self.variance)
+    def tokens_needed(self, table): return super().tokens_needed(table) if self.restore is True else 0
     def score(self, v): return v.found.scores[v.coupling.name]
     def allocate(self, ctx): return _weakest_of_all(ctx, ctx.found)
     def repair(self, v, keep):
@@ -375,6 +432,7 @@ def _weight_times_gradient(
 class Taylor(Method):
     "Remove the units that matter least to the loss, to first order (eq. paramfirst), as in LLM-Pruner."
     name = 'taylor'
+    PUBLISHED = {'published': dict(spare=(4, 2)), 'published-vector': dict(spare=(4, 2), vectorize=True)}
     units: tuple[str, ...] = ('kv_group', 'mlp_channel') # kinds of units
     samples: int | None = setting(10, least=1) # calibration windows for the gradient; None for all
     seqlen: int | None = setting(64, least=2) # their first tokens; None for all
@@ -416,6 +474,12 @@ def visit_work(self:FLAP, job, p, level='second'):
     if self.restore == 'bias': return lost
     matrix = est.brief(4*p.m*p.f) + est.hold(4*p.m**2)             # kept rows, then kept columns of them
     return (est.gram(job, p.f) + est.brief(8*job.batch*p.f) + matrix + est.solve(p.m, 1, 3) + est.hold(-4*p.m**2) + lost + est.brief(16*job.d*p.m))*1
+
+# %% ../nbs/10_scores.ipynb #p10c0005
+@patch
+def before_work(self:WandaSp, job):
+    "Blocks that run twice, where they are measured whole."
+    return est.walking(job) + est.walking(job) if self.whole_blocks else est.Work()
 
 # %% ../nbs/10_scores.ipynb #83b3ae45
 @patch

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-import torch
+import torch, warnings
 from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from . import estimate as est
 from .couplings import couplings, slice_units, weight_of
-from .curvature import curvature, curvature_work, damped_inverse
+from .curvature import curvature, curvature_work, damped_inverse, factor_rows
 from .evaluate import window_losses
-from .methods import Method, Needs, Run, setting
+from .methods import TOKENS_PER_COLUMN, Method, Needs, Run, setting
 from .models import blocks, decoder_linears, n_parameters
 from .plan import global_steps, keep_after, write_atomic
 from .repair import as_double, double_device
@@ -95,16 +95,22 @@ def remove_structures(
     rows, # indices of the rows that go
     columns, # indices of the columns that go
     correlate=True, # let them go together; otherwise each as if it went alone
+    joint='product', # how the changes for rows and for columns come together; `sum` in the published code
 ):
-    "W with some rows and columns zero and the rest adapted (eq. joint), float64."
+    """W with some rows and columns zero and the rest adapted (eq. joint), float64.
+    Raises `ValueError` for another word than `product` and `sum`."""
+    if joint not in ('product', 'sum'): raise ValueError(f'joint is {joint!r}; it is "product" or "sum".')
     W = as_double(W).clone()
     no_row, no_column = (torch.zeros(n, dtype=bool, device=W.device) for n in W.shape)
     no_row[rows] = True
     no_column[columns] = True
     if inverses is not None:
         r, c, A, G = (t.to(W.device) for t in inverses)
-        V = remove_rows(W[r][:, c].T, A, no_column[c].nonzero().flatten(), correlate).T
-        W[r.nonzero(), c.nonzero().T] = remove_rows(V, G, no_row[r].nonzero().flatten(), correlate)
+        alive = W[r][:, c]
+        V = remove_rows(alive.T, A, no_column[c].nonzero().flatten(), correlate).T
+        start = V if joint == 'product' else alive
+        U = remove_rows(start, G, no_row[r].nonzero().flatten(), correlate)
+        W[r.nonzero(), c.nonzero().T] = U if joint == 'product' else U + V - alive
     W[no_row] = 0
     W[:, no_column] = 0
     return W
@@ -114,13 +120,15 @@ def _structured_threshold(
     costs, # by matrix name: costs of its rows and of its columns
     shapes, # by matrix name: rows and columns, a bias being a column
     target, # parameters that become zero
+    below=False, # at most so many, as published, instead of at least
 ):
     "The cheapest rows and columns of all matrices that hold `target` parameters; by name, two index tensors."
     lines = [_line(*costs[n], *shapes[n]) for n in costs]
     merged = torch.cat([cost for cost, _, _ in lines]).argsort(stable=True)
     removed = torch.cat([zeros for _, _, zeros in lines])[merged].cumsum(0)
     owner = torch.cat([torch.full((len(cost),), i) for i, (cost, _, _) in enumerate(lines)])[merged]
-    taken = owner[:int((removed < target).sum()) + 1].bincount(minlength=len(lines)).tolist()
+    some = int((removed <= int(target)).sum()) if below else int((removed < target).sum()) + 1
+    taken = owner[:some].bincount(minlength=len(lines)).tolist()
     chosen = {}
     for n, (_, order, _), k in zip(costs, lines, taken):
         first = order[:k]
@@ -222,6 +230,7 @@ def _choose(
     damp, # ridge of the inverses
     target, # parameters that become zero
     keep=True, # inverses, for the update: faster, but twice the memory of the factors
+    below=False, # at most the target
 ):
     "Rows and columns that go, by name: what is zero, what is dead, then the cheapest; and inverses."
     costs = {}
@@ -233,7 +242,7 @@ def _choose(
         costs[n] = rows, columns[:weight_of(m).shape[1]]   # a bias leaves with its row
         if keep and cost == 'surgeon': known[n] = inverses
     shapes = {n: with_bias(m).shape for n, m in linears.items()}
-    return _structured_threshold(costs, shapes, target), known
+    return _structured_threshold(costs, shapes, target, below), known
 
 def _costs_in_line(W, f, cost, inverses):
     "Costs of rows and columns: -1 where they are zero, 0 where they are dead otherwise."
@@ -262,19 +271,22 @@ def zero_structures(
     shots=5, # rounds of curvature, removal and update; sparsity rises by the same amount in each
     fresh=False, # each shot reads its own share of the windows instead of all
     damp=.01, # ridge of the inverses, as a fraction of the mean diagonal
+    as_published=False, # changes are added (see `remove_structures`), and thresholds stay below their target
     report=None, # called after every shot with its number
     run=Run(), # how it goes: `batch_size`, `store`, `lean`, and a `log` of the finished shots
 ):
-    "LLM Surgeon as published: rows and columns go on their own, under one threshold; the share of zeros."
+    "LLM Surgeon for rows and columns, which go on their own, under one threshold; the share of zeros."
     _check_structures(sparsity, criterion, shots)
     linears = decoder_linears(model)
     total = n_parameters(linears.values())
     parts = _shares(windows, shots if fresh else 1)
-    key = run_key(model, windows, sparsity=sparsity, criterion=criterion, shots=shots, fresh=fresh, damp=damp)
+    key = run_key(model, windows, sparsity=sparsity, criterion=criterion, shots=shots, fresh=fresh, damp=damp,
+                  as_published=as_published)
     old = _load_state(run.log, key) or dict(done=0, weights={})
     model.load_state_dict(old['weights'], strict=False)
     for i in tqdm(range(old['done'], shots), desc='shots', initial=old['done'], total=shots, leave=False):
-        _zeroing_shot(model, linears, parts[i%len(parts)], sparsity*total*(i + 1)/shots, criterion, damp, run)
+        target = sparsity*total*(i + 1)/shots
+        _zeroing_shot(model, linears, parts[i%len(parts)], target, criterion, damp, run, as_published)
         if run.log is not None: _save_state(run.log, key, model, done=i + 1)
         if report: report(i + 1)
     return zero_share(linears.values())
@@ -288,17 +300,18 @@ def _check_structures(sparsity, criterion, shots):
     if not 0 < sparsity < 1:
         raise ValueError(f'sparsity is {sparsity}; it is a fraction between 0 and 1, for example 0.2.')
 
-def _zeroing_shot(model, linears, windows, target, criterion, damp, run):
+def _zeroing_shot(model, linears, windows, target, criterion, damp, run, as_published=False):
     "Zero the cheapest rows and columns until `target` parameters are zero, and let the others adapt."
     cost, correlate = _CRITERIA[criterion]
     factors = {}
     if cost != 'magnitude':
         factors = curvature(model, windows, run.gradient_batch, store=run.store, checkpoint=run.lean)
-    chosen, known = _choose(linears, factors, cost, damp, target, not run.lean)
+    chosen, known = _choose(linears, factors, cost, damp, target, not run.lean, as_published)
+    joint = 'sum' if as_published else 'product'
     for n, (rows, columns) in chosen.items():
         W = with_bias(linears[n])
         if correlate is not None and n not in known: known[n] = living_inverses(W, factors[n], damp)
-        set_weight(linears[n], remove_structures(W, known.pop(n, None), rows, columns, correlate))
+        set_weight(linears[n], remove_structures(W, known.pop(n, None), rows, columns, correlate, joint))
 
 # %% ../nbs/52_surgeon.ipynb #8b04aec5
 def _dead_units(
@@ -314,10 +327,11 @@ def _dead_units(
 # %% ../nbs/52_surgeon.ipynb #e6840c40
 def drop_dead(
     model, # a causal language model with zeroed rows and columns; sliced in place
+    units=('value_channel', 'mlp_channel'), # kinds of units that may leave
 ):
     "Slice off MLP and value channels that do nothing, as many in every head; kept units by coupling name."
     kept = {}
-    for c in couplings(model, ('value_channel', 'mlp_channel')):
+    for c in couplings(model, units):
         dead = _dead_units(model, c)
         least = dead.view(c.groups, -1).sum(1).min().item()   # in a head
         kept[c.name] = keep_after(c, (~dead).double(), min(least, c.n_units//c.groups - 1))
@@ -492,6 +506,10 @@ def _living_step(W, slope, f, rank, damp):
 class Surgeon(Method):
     "Remove the units that cost the loss least per parameter, in shots (after van der Ouderaa et al. 2024)."
     name = 'surgeon'
+    PUBLISHED = {'published': dict(structures='rows_columns', units=('value_channel', 'mlp_channel'), shots=40,
+                                   rounds=1, damp=.01)}
+    # what leaves: coupled `units`, or `rows_columns` of every matrix on their own, which become zero
+    structures: Literal['units', 'rows_columns'] = 'units'
     restore: bool | Literal['tied'] = True # what adapts: the second linear, all tied, or nothing (False)
     damp: float = setting(.1, least=0, is_a='a fraction of the mean diagonal, at least 0') # ridge of factors
     shots: int = setting(4, least=1) # rounds of curvature; sparsity rises by the same amount in each
@@ -503,7 +521,7 @@ class Surgeon(Method):
 
     needs = Needs(text=False, whole_model='takes the curvature of the whole model')
 
-    def only_slices(self): return not (self.restore or self.correction)
+    def only_slices(self): return not (self.restore or self.correction or self.structures != 'units')
 
 @patch
 def names(self:Surgeon, table):
@@ -578,6 +596,7 @@ def shot(self:Surgeon, ctx, windows, target):
 @patch
 def run(self:Surgeon, ctx):
     "Prune over all shots; kept units and scores by coupling name."
+    if self.structures == 'rows_columns': return self._zeroed(ctx)
     kept, scores = self._nothing_gone(ctx)
     done = 0
     total = ctx.linears()
@@ -593,11 +612,47 @@ def run(self:Surgeon, ctx):
         if ctx.run.log: _save_state(ctx.run.log, key, ctx.model, done=i + 1, kept=kept, scores=scores)
     return kept, scores
 
+# %% ../nbs/52_surgeon.ipynb #p52c0002
+@patch
+def check(self:Surgeon):
+    "Raises `ValueError` for settings that rows and columns do not have."
+    Method.check(self)
+    if self.structures == 'units': return
+    default = dict(cost='second', correction=0, spare=(0, 0))
+    if other := [k for k, v in default.items() if getattr(self, k) != v]:
+        raise ValueError(f'structures "rows_columns" has no {" and ".join(other)}; leave it out.')
+
+@patch
+def check_text(self:Surgeon, table, windows):
+    "Warns of too little text for factors with a small ridge."
+    columns = max((c.second[1].numel() for c in table), default=0)
+    needed, tokens = TOKENS_PER_COLUMN*columns, windows.ids.numel()
+    if self.damp >= .1 or tokens >= needed: return
+    warnings.warn(f'surgeon with damp {self.damp} needs about {needed} calibration tokens for these layers, '
+                  f'and the text has {tokens}; give more text, or a damp of 0.1.')
+
+@patch
+def _zeroed(self:Surgeon, ctx):
+    "Zero rows and columns, and slice off what is dead; kept units and scores (none) by coupling name."
+    criterion = ('full' if self.correlate else 'within') if self.restore else 'k_obd'
+    zero_structures(ctx.model, ctx.windows, ctx.sparsity, criterion, self.shots, self.fresh, self.damp,
+                    as_published=True, run=ctx.run)
+    _, scores = self._nothing_gone(ctx)
+    return {n: torch.as_tensor(k).tolist() for n, k in drop_dead(ctx.model, self.units).items()}, scores
+
+@patch
+def parameters_left(self:Surgeon, ctx):
+    "Parameters that are neither gone nor, with rows and columns, zero."
+    left = ctx.linears()
+    if self.structures == 'units': return left
+    return round(left*(1 - zero_share(decoder_linears(ctx.model).values())))
+
 # %% ../nbs/52_surgeon.ipynb #ae28eaf5
 @patch
 def before_work(self:Surgeon, job):
     "Shots of curvature with rounds of costs and updates; the model gets smaller in equal steps."
     read = max(1, job.windows//(self.shots if self.fresh else 1))
+    if self.structures == 'rows_columns': return self._zeroing_work(job, read)
     steps, total = self.shots*self.rounds, est.Work()
     lost = lambda p: (1 - p.m/p.f)/steps
     for i in range(self.shots):
@@ -624,6 +679,14 @@ def _round_work(self:Surgeon, job, left, lost):
         shrunk = est.brief(8*d*f + 4*f*(f - gone) + 4*(f - gone)**2)                             # rows of the factor, then columns of these
         updates += (est.inverse(f)*1 if job.run.lean else est.Work()) + removal + shrunk
     return (costs + updates)*1
+
+@patch
+def _zeroing_work(self:Surgeon, job, read):
+    "Shots of curvature and inverses of all factors; nothing gets smaller before the end."
+    rows = factor_rows(job.model, list(decoder_linears(job.model))).values()
+    shot = curvature_work(job, list(decoder_linears(job.model)), read)
+    for r in rows: shot += est.inverse(r)*1 if job.run.lean else est.inverse(r)
+    return (shot*1)*self.shots
 
 def _correction_work(job, windows, left):
     "Slopes, and one look at the loss."
