@@ -265,7 +265,6 @@ def stream(
     ctx.found = method.prepare(ctx)
     ctx.steps = method.allocate(ctx) if ctx.given is None else _given_steps(ctx)
     needs = method.needs
-    if not ctx.sparsity: needs = replace(needs, everywhere=False)              # nothing leaves, nothing is repaired
     dense = ctx.source.twin() if needs.dense else None     # as it is before the first cut
     kept, scores = ctx.log.read(ctx.model).decided if ctx.log else ({}, {})
     for v in visits(ctx, needs, dense, method.name):
