@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Work', 'hold', 'brief', 'Job', 'Place', 'counted_work', 'counted_bytes', 'linear', 'attention', 'first_rows',
            'forward', 'forward_blocks', 'head', 'activations', 'states', 'inputs', 'gram', 'cross', 'solve', 'inverse',
-           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'checks', 'estimate']
+           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'estimate']
 
 # %% ../nbs/09_estimate.ipynb #c36768a5
 import math, weakref
@@ -456,12 +456,6 @@ def weights(
     "Bytes of its weights and buffers."
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
-def checks(
-    job, # a `Job`
-):
-    "Whether all weights are finite, the largest tensor."
-    return brief(9*max(p.numel() for p in job.model.parameters()))
-
 def estimate(
     model, # a causal language model; may be on the meta device
     method, # a `Method` or its name
@@ -475,6 +469,6 @@ def estimate(
     method = as_method(method)
     job = Job(model, method, tokens, sparsity, Run() if run is None else run, seqlen)
     models = hold(weights(model)*(1 if inplace else 2))
-    work = models + checks(job) + method.before_work(job) + walking(job, method.needs, method.visit_work)
+    work = models + method.before_work(job) + walking(job, method.needs, method.visit_work)
     forward = forward_blocks(job, tokens, job.seqlen)
     return dict(bytes=round(work.peak), forward_flops=round(forward.flops), flops=round(work.flops))
