@@ -12,10 +12,10 @@ import torch
 from tqdm.auto import tqdm
 from . import estimate as est
 from .couplings import anatomy, weight_of
-from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows, input_leaders
+from .curvature import curvature, curvature_bytes, factor_rows, input_leaders
 from .methods import Method, Run
 from .models import decoder_linears, n_parameters, text_config
-from .repair import as_double, double_device
+from .repair import Ridge, as_double, double_device
 from .scores import _forward_block, check_pattern, linears_to_sparsify, with_bias, zeros_among
 from .surgeon import set_weight
 from .walk import gram, record_calls, walk
@@ -30,8 +30,8 @@ def element_costs(
 ):
     """Least rise of the loss when one weight becomes zero and all others adapt (eq. cost), float64,
     (out, in); nothing where all inputs are zero."""
-    rows = 1. if G is None else damped_inverse(G, damp_g).diag()[:, None]
-    columns = damped_inverse(A, damp).diag()
+    rows = 1. if G is None else Ridge(damp_g).inverse(G).diag()[:, None]
+    columns = Ridge(damp).inverse(A).diag()
     return .5*as_double(W)**2/(rows*columns)*A.any().to(double_device(A.device))
 
 # %% ../nbs/51_elements.ipynb #3abacc57
@@ -101,7 +101,8 @@ def _remove_in_chunks(
     "The update of LLM Surgeon: the weights of whole rows together, one chunk after the other; (out, in)."
     V = as_double(W)
     keep = keep.to(V.device)
-    inverse_A, inverse_G = damped_inverse(A, damp), damped_inverse(G, damp_g)
+    inverse_A = Ridge(damp).inverse(A)
+    inverse_G = Ridge(damp_g).inverse(G)
     for part in _chunks_of_rows((~keep).sum(1), size):
         rows, columns = (~keep[part]).nonzero().T
         V = _remove_together(V, inverse_A, inverse_G, rows + part.start, columns)
@@ -241,7 +242,7 @@ def sparsegpt(
     V, alive = W.float().clone(), A.diag() > 0
     V[:, ~alive] = 0
     A = A.float() + torch.diag((~alive).float())           # a column without input is its own
-    U = torch.linalg.cholesky(damped_inverse(A, damp), upper=True).to(V)
+    U = torch.linalg.cholesky(Ridge(damp).inverse(A), upper=True).to(V)
     for a in range(0, W.shape[1], block):
         b = min(a + block, W.shape[1])
         errors = _left_to_right(V[:, a:b], U[a:b, a:b], sparsity, n, m)

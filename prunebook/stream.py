@@ -206,7 +206,9 @@ def _stages(ctx, needs, settings, dense):
     "Stages of the walk, and what the dense model gives at each."
     if needs.dense == 'stream': yield from drifting(ctx.source, ctx.windows, dense, ctx.log, **settings)
     elif needs.dense:
-        for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings): yield new, old
+        for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings):
+            yield new, old
+            del old, new                                   # else they live until the next ones come
     else:
         for stage in walk(ctx.source, ctx.windows, log=ctx.log, **settings): yield stage, None
 
@@ -235,11 +237,12 @@ def visits(
     settings = dict(batch_size=ctx.run.batch_size, desc=desc, firsts=needs.firsts)
     for stage, goal in _stages(ctx, needs, settings, dense):
         c = place.get((stage.layer, stage.part))
-        if c is None and not needs.everywhere: continue
-        v = Visit(ctx, c, stage, _goal(stage, goal))
-        yield v
-        v.__dict__.pop('gram', None)                       # the caller holds the visit until the next comes,
-        v.stage = v.dense = None                           # and must not hold what it has seen
+        if c is not None or needs.everywhere:
+            v = Visit(ctx, c, stage, _goal(stage, goal))
+            yield v
+            v.__dict__.pop('gram', None)                   # the caller holds the visit until the next comes,
+            v.stage = v.dense = None                       # and must not hold what it has seen
+        del stage, goal                                    # nor does this loop
 
 def _goal(stage, goal):
     "Outputs of the dense model at a second level; its stage at a first level."
@@ -262,7 +265,6 @@ def stream(
     ctx.found = method.prepare(ctx)
     ctx.steps = method.allocate(ctx) if ctx.given is None else _given_steps(ctx)
     needs = method.needs
-    if not ctx.sparsity: needs = replace(needs, everywhere=False)              # nothing leaves, nothing is repaired
     dense = ctx.source.twin() if needs.dense else None     # as it is before the first cut
     kept, scores = ctx.log.read(ctx.model).decided if ctx.log else ({}, {})
     for v in visits(ctx, needs, dense, method.name):

@@ -114,7 +114,7 @@ class Stage:
     block: Block # the block it is in
     part: str # `attention` or `mlp`
     second: str # name of the sub-layer's second linear
-    X: list # inputs of the level, (batch, seqlen, columns) for each batch; their tensors may be on disk
+    X: list # inputs of the level, (batch, seqlen, columns) for each batch; empty when the walk goes on
     level: str = 'second' # whose inputs: of the `first` linears, or of the `second`
     keep: torch.Tensor = None # columns of `X` that the second linear still reads; set it after slicing
     Y: list = None # outputs of the second linear, where the caller knows them already
@@ -138,6 +138,11 @@ class Stage:
     def outputs(self, model):
         "The output for each batch."
         return [self.output(model, i) for i in range(len(self.X if self.Y is None else self.Y))]
+
+    def finish(self, model):
+        "Let go of the inputs; of a second level, the outputs as they are now are kept."
+        if self.level == 'second': self.Y = self.outputs(model)
+        self.X.clear()
 
 # %% ../nbs/05_walk.ipynb #d00r0102
 def checked(
@@ -209,8 +214,8 @@ def _inputs(source, module, n, run, pairs):
         return X[0]
     return source.collect(seen(i) for i in range(n))
 
-def _attention_inputs(source, b, n, run):
-    "Inputs of the second linear of the attention in `n` batches, and how many outputs the attention has."
+def _attention_stage(source, b, n, run):
+    "The attention at the inputs of its second linear in `n` batches, and how many outputs it has."
     structure, attention = [], source.model.get_submodule(b.path(b.family.attention))
     out = source.model.get_submodule(b.out)
     d = weight_of(out).shape[0]
@@ -222,25 +227,29 @@ def _attention_inputs(source, b, n, run):
         try: run(i, [(out, _record_input(d, X))])
         finally: handle.remove()
         return X[0]
-    return source.collect(seen(i) for i in range(n)), structure[0]
+    return checked(Stage(b, 'attention', b.out, source.collect(seen(i) for i in range(n)))), structure[0]
 
 # %% ../nbs/05_walk.ipynb #a96a03e9
 def _stages(source, b, n, run, firsts, waiting):
     "The stages of one block; returns the states after it, on the device `waiting`."
     model = source.model
     attention, first_attention = model.get_submodule(b.attention), b.path(b.family.qkv[0])
-    first = lambda part, linear, X: checked(Stage(b, part, linear, X, 'first'))
+    def first(part, linear, X):
+        stage = checked(Stage(b, part, linear, X, 'first'))
+        yield stage
+        stage.X.clear()
     # 1. attention up to the input of its second linear
-    if firsts: yield first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
-    X, structure = _attention_inputs(source, b, n, run)
-    stage = checked(Stage(b, 'attention', b.out, X))
+    if firsts: yield from first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
+    stage, structure = _attention_stage(source, b, n, run)
     yield stage
     A = source.collect(stage.output(model, i) for i in range(n))
+    stage.X.clear()                                        # whoever still holds the stage
+    stage.Y = A
     finished = lambda i: [(attention, _stand_in(attention, A[i], structure))]
     # 2. the MLP up to the input of its second linear
     if not b.has('mlp'): return source.collect(run(i, finished(i)).to(waiting) for i in range(n))
     first_mlp, second = b.path(b.family.mlp_firsts[0]), model.get_submodule(b.mlp_second)
-    if firsts: yield first('mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished))
+    if firsts: yield from first('mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished))
     stage = checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, b.mlp_second, n, run, finished)))
     yield stage
     # 3. what is left of the block: norms and additions
@@ -249,7 +258,9 @@ def _stages(source, b, n, run, firsts, waiting):
     def output(i):
         y = stage.output(model, i)
         return run(i, [*finished(i), (second, lambda x: y.view(*x.shape[:-1], y.shape[-1])), *thin])
-    return source.collect(output(i).to(waiting) for i in range(n))
+    after = source.collect(output(i).to(waiting) for i in range(n))
+    stage.X.clear()
+    return after
 
 # %% ../nbs/05_walk.ipynb #a5c00007
 def cut(
@@ -306,10 +317,11 @@ def walk_both(
     pruned = walk(source, windows, log=log, **settings)
     beside = log.beside('dense') if log else None
     for old in walk(dense, windows, log=beside, **{**settings, 'desc': 'dense'}):
-        if old.level == 'second':
-            old.Y = old.outputs(dense.model)
-            old.X.clear()                                  # inputs of one trajectory at a time
-        yield old, next(pruned)
+        if old.level == 'second': old.finish(dense.model)  # inputs of one trajectory at a time
+        new = next(pruned)
+        yield old, new
+        new.finish(source.model)
+        del old, new                                       # goals and outputs live in the walks alone
     next(pruned, None)                                     # the last block is finished, too
 
 # The drift of eq. target: what the stream has lost so far.
@@ -327,12 +339,14 @@ def drifting(
     # else a norm comes between, and drift is no sum
     adds = getattr(source.model.config, 'do_layer_norm_before', True) and family_of(source.model).adds
     for old, new in walk_both(source, windows, dense, log, **settings):
-        if new.level == 'first':
-            yield new, None
-            continue
-        targets = old.Y if drift is None else [y.view_as(d) + d.to(y.device) for y, d in zip(old.Y, drift)]
+        first = new.level == 'first'
+        targets = None if first else _undone(old.Y, drift)
         yield new, targets
-        new.Y = new.outputs(source.model)
-        if adds: drift = [t - y.view_as(t) for t, y in zip(targets, new.Y)]
+        new.finish(source.model)
+        if adds and not first: drift = [t - y.view_as(t) for t, y in zip(targets, new.Y)]
         if log and adds: log.beside('drift').states = drift
+        del old, new, targets
 
+def _undone(Y, drift):
+    "Outputs of the dense model, plus what the stream has lost."
+    return Y if drift is None else [y.view_as(d) + d.to(y.device) for y, d in zip(Y, drift)]

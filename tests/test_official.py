@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from prunebook.couplings import couplings
-from prunebook.curvature import Factors, damped_inverse
+from prunebook.curvature import Factors
+from prunebook.repair import Ridge
 from prunebook.depth2 import _js_sums, removal_order
 from prunebook.elements import _kept_of_shot, _remove_in_chunks, element_costs, sparsegpt
 from prunebook.methods import configured
@@ -115,7 +116,7 @@ def test_sparsegpt_weights(name, pattern):
 
 def test_surgeon_costs_threshold_and_weights():
     theirs, (W, A, G) = official('surgeon'), factors()
-    rows, columns = row_costs(W, A, damped_inverse(G, .01)), row_costs(W.T, G, damped_inverse(A, .01))
+    rows, columns = row_costs(W, A, Ridge(.01).inverse(G)), row_costs(W.T, G, Ridge(.01).inverse(A))
     assert close(rows, theirs['rows']) and close(columns, theirs['columns'])
     r, c = _structured_threshold(dict(a=(rows, columns)), dict(a=W.shape), .3*W.numel(), below=True)['a']
     assert sorted(r.tolist()) == theirs['gone_rows'] and sorted(c.tolist()) == theirs['gone_columns'] and len(r) and len(c)
