@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from . import estimate as est
-from .methods import Method
+from .methods import Method, Needs
 
 # %% ../nbs/20_fasp.ipynb #3c2eecc7
 def column_scores(
@@ -35,6 +35,7 @@ class FASP(Method):
     "Prune coupled columns and rows by a Wanda-style score of columns, and restore them (Hu et al. 2025)."
     name = 'fasp'
     restore: bool = True # re-fit the kept columns
+    needs = Needs(shared=True)
 
     def score(self, v): return v.per_unit(column_scores(v.weight, v.gram))
 
