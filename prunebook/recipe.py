@@ -258,7 +258,7 @@ def _trials(self:Recipe, v, wanted=lambda: True):
     for k in sorted(counts - {0}):                         # of a single unit nothing can leave
         if not wanted(): continue
         keep = v.columns(keep_after(v.coupling, scores, k))
-        E = _emptied(W, keep, ridge.restore(W, C, keep) if self.restore else W[:, keep])
+        E = _emptied(W, keep, ridge.restore(W, C, keep, ridge.precision(v.weight)) if self.restore else W[:, keep])
         yield k, (E if back is None else back(E)).to(v.weight)
 
 # %% ../nbs/70_recipe.ipynb #rec9745b
