@@ -369,18 +369,21 @@ class _Walk:
         return self.held.work
 
     def place(self, p):
-        needs, begins = self.needs, p.part == 'attention'
-        if needs.firsts: self.first(p)
-        if needs.dense: self.ahead(p)
-        if begins and p.block.layer and (needs.dense or not needs.firsts): self.finish()
-        self.read(p, p.part)
-        self.held.free('first', 'mlp' if begins else '')
-        if needs.dense == 'stream': self.held.do(Work(), goals=self.S, old=self.S)
-        self.held.free('old')
+        "One second linear: what comes before it, the visit, its outputs."
+        if self.needs.firsts: self.first(p)
+        if self.needs.dense: self.ahead(p)
+        if self.begins(p) and not self.needs.firsts: self.finish()
+        self.read(p, 'inputs')
+        if self.needs.dense == 'stream': self.held.do(Work(), goals=self.S)
         self.arrive(p, 'second')
-        self.write(p, p.part + '_out', p.m)
-        if needs.dense == 'stream': self.held.do(Work(), drift=self.S, old=self.S)
-        self.held.free('old', 'mlp_out')
+        self.write(p, p.part, p.m)
+        if self.needs.dense or p.part == 'attention': self.held.free('inputs')
+        if self.needs.dense == 'stream': self.held.do(Work(), drift=self.S, old=self.S)
+        self.held.free('old', 'goals')
+
+    def begins(self, p):
+        "Whether the block before it must be finished now."
+        return p.part == 'attention' and p.block.layer > 0
 
     def read(self, p, name):
         "Inputs of a second linear."
@@ -388,8 +391,9 @@ class _Walk:
         self.held.do(forward(job, p, job.tokens, job.seqlen) + activations(job, p, job.batch), **{name: inputs(job, p.f)})
 
     def write(self, p, name, columns):
-        "Outputs of a second linear."
-        self.held.do(linear(self.job.d, columns, self.job.tokens), **{name: self.S})
+        "Outputs of a second linear; alone, those of an MLP are added to the states one by one."
+        stay = self.needs.dense or p.part == 'attention'
+        self.held.do(linear(self.job.d, columns, self.job.tokens), **{name: self.S if stay else 0})
 
     def arrive(self, p, level):
         "A visit, where the method asks for one."
@@ -397,26 +401,26 @@ class _Walk:
         self.held.do(self.visit(self.job, p, level))
 
     def first(self, p):
-        "Inputs of first linears."
-        begins = p.part == 'attention'
-        if begins and p.block.layer and not self.needs.dense: self.finish()
-        self.held.do(Work(), first=2*self.S if self.needs.dense else self.S)
-        if begins: self.held.free('mlp')
+        "Inputs of first linears, of both models."
+        if self.needs.dense:
+            if self.begins(p): self.finish('dense_')
+            self.held.do(Work(), dense_first=self.S)
+        if self.begins(p): self.finish()
+        self.held.do(Work(), first=self.S)
         self.arrive(p, 'first')
+        self.held.free('dense_first', 'first')
 
     def ahead(self, p):
-        "The dense model at a second linear; before the next block it finishes the one before."
-        if p.part == 'attention':
-            if p.block.layer: self.held.do(Work(), after=self.S)
-            self.held.free('after', 'dense_attention')
+        "The dense model at a second linear."
+        if self.begins(p) and not self.needs.firsts: self.finish('dense_')
         self.read(p, 'ahead')
         self.write(p, 'dense_' + p.part, p.f)
-        self.held.free('ahead', 'dense_mlp' if p.part == 'attention' else '')
+        self.held.free('ahead')
 
-    def finish(self):
+    def finish(self, whose=''):
         "States after a block."
         self.held.do(Work(), after=self.S)
-        self.held.free('after', 'attention', 'attention_out')
+        self.held.free('after', 'inputs' if not whose else '', whose + 'attention', whose + 'mlp')
 
 # %% ../nbs/09_estimate.ipynb #cba362f3
 def walking(

@@ -232,7 +232,9 @@ def _stages(ctx, needs, settings, dense):
     "Stages of the walk, and what the dense model gives at each."
     if needs.dense == 'stream': yield from drifting(ctx.source, ctx.windows, dense, ctx.log, **settings)
     elif needs.dense:
-        for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings): yield new, old
+        for old, new in walk_both(ctx.source, ctx.windows, dense, ctx.log, **settings):
+            yield new, old
+            del old, new                                   # else they live until the next ones come
     else:
         for stage in walk(ctx.source, ctx.windows, log=ctx.log, **settings): yield stage, None
 
@@ -257,16 +259,17 @@ def visits(
     if not needs.text:
         yield from _without_text(ctx)
         return
-    whole, (ctx, shared) = ctx, _own_share(ctx) if needs.shared else (ctx, False)
+    own, shared = _own_share(ctx) if needs.shared else (ctx, False)
     place = {(c.layer, c.part): c for c in ctx.table}
     settings = dict(batch_size=ctx.run.batch_size, desc=desc, firsts=needs.firsts)
-    for stage, goal in _stages(ctx, needs, settings, dense):
+    for stage, goal in _stages(own, needs, settings, dense):
         c = place.get((stage.layer, stage.part))
-        if c is None and not needs.everywhere: continue
-        v = Visit(whole, c, stage, _goal(stage, goal), shared)
-        yield v
-        v.__dict__.pop('gram', None)                       # the caller holds the visit until the next comes,
-        v.stage = v.dense = None                           # and must not hold what it has seen
+        if c is not None or needs.everywhere:
+            v = Visit(ctx, c, stage, _goal(stage, goal), shared)
+            yield v
+            v.__dict__.pop('gram', None)                   # the caller holds the visit until the next comes,
+            v.stage = v.dense = None                       # and must not hold what it has seen
+        del stage, goal                                    # nor does this loop
 
 def _own_share(ctx):
     "The context with the windows of this process, and whether there are others. Raises `ValueError` for too few."

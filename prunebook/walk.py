@@ -101,7 +101,7 @@ class Stage:
     block: Block # the block it is in
     part: str # `attention` or `mlp`
     second: str # name of the sub-layer's second linear
-    X: list # inputs of the level, (batch, seqlen, columns) for each batch; their tensors may be on disk
+    X: list # inputs of the level, (batch, seqlen, columns) for each batch; empty when the walk goes on
     level: str = 'second' # whose inputs: of the `first` linears, or of the `second`
     keep: torch.Tensor = None # columns of `X` that the second linear still reads; set it after slicing
     Y: list = None # outputs of the second linear, where the caller knows them already
@@ -126,6 +126,15 @@ class Stage:
         "The output for each batch."
         return [self.output(model, i) for i in range(len(self.X if self.Y is None else self.Y))]
 
+    def finish(self, model):
+        "Let go of the inputs, batch by batch; of a second level, the outputs as they are now are kept."
+        Y = []
+        for i in range(len(self.X) if self.level == 'second' and self.Y is None else 0):
+            Y.append(self.output(model, i))
+            if isinstance(self.X, list): self.X[i] = None
+        if Y: self.Y = Y
+        self.X.clear()
+
 # %% ../nbs/05_walk.ipynb #d00r0102
 def checked(
     stage, # a new `Stage`
@@ -148,6 +157,7 @@ def walk(
     device=None, # visit this device block by block; by default blocks stay where they are
     desc='walking', # label of the progress bar
     firsts=False, # before each stage, yield one with the inputs of its first linears
+    outputs=False, # second levels come with outputs and without inputs; nobody changes the model
     log=None, # keeps the states after each block, for a walk that goes on (see `StreamLog`)
 ):
     "Yield each attention and MLP, computed once, as a `Stage`. Raises `ValueError` if inputs are not finite."
@@ -164,7 +174,7 @@ def walk(
         to = lambda tree: tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, tree)
         run = lambda i, pairs: _visit(layer, to(states[i]), *to(calls[i][b.layer]), pairs)
         try:
-            states = yield from _stages(source, b, len(states), run, firsts, waiting)
+            yield from _stages(source, b, states, run, firsts, outputs, waiting)
             finished = True
         finally: source.close(b, finished)                 # also when the caller stops early
         if log: log.record(b, states)
@@ -196,8 +206,8 @@ def _inputs(source, module, n, run, pairs):
         return X[0]
     return source.collect(seen(i) for i in range(n))
 
-def _attention_inputs(source, b, n, run):
-    "Inputs of the second linear of the attention in `n` batches, and how many outputs the attention has."
+def _attention_stage(source, b, n, run):
+    "The attention at the inputs of its second linear in `n` batches, and how many outputs it has."
     structure, attention = [], source.model.get_submodule(b.path(b.family.attention))
     out = source.model.get_submodule(b.out)
     d = weight_of(out).shape[0]
@@ -209,24 +219,48 @@ def _attention_inputs(source, b, n, run):
         try: run(i, [(out, _record_input(d, X))])
         finally: handle.remove()
         return X[0]
-    return source.collect(seen(i) for i in range(n)), structure[0]
+    return checked(Stage(b, 'attention', b.out, source.collect(seen(i) for i in range(n)))), structure[0]
 
 # %% ../nbs/05_walk.ipynb #a96a03e9
-def _stages(source, b, n, run, firsts, waiting):
-    "The stages of one block; returns the states after it, on the device `waiting`."
+def _computed(b, second, states, run):
+    "The MLP with its outputs, batch by batch; then the states are those after the block."
+    edges, Y = [], []
+    def linear(x):
+        edges.append(torch.stack(x.aminmax()))
+        Y.append(F.linear(x, weight_of(second), second.bias))
+        return Y[-1]
+    for i in range(len(states)): states[i] = run(i, [(second, linear)])
+    stage = checked(Stage(b, 'mlp', b.mlp_second, edges, Y=Y))
+    stage.X.clear()
+    return stage
+
+def _stages(source, b, states, run, firsts, outputs, waiting):
+    "The stages of one block; then the states are those after it, on the device `waiting`."
+    n = len(states)
     model, second = source.model, source.model.get_submodule(b.mlp_second)
     attention = model.get_submodule(b.path(b.family.attention))
     first_attention, first_mlp = b.path(b.family.qkv[0]), b.path(b.family.mlp_firsts[0])
-    first = lambda part, linear, X: checked(Stage(b, part, linear, X, 'first'))
+    def first(part, linear, X):
+        stage = checked(Stage(b, part, linear, X, 'first'))
+        yield stage
+        stage.X.clear()
     # 1. attention up to the input of its second linear
-    if firsts: yield first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
-    X, structure = _attention_inputs(source, b, n, run)
-    stage = checked(Stage(b, 'attention', b.out, X))
+    if firsts: yield from first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
+    stage, structure = _attention_stage(source, b, n, run)
+    if outputs: stage.finish(model)
+    A = stage.Y                                            # before the caller makes something else of them
     yield stage
-    A = source.collect(stage.output(model, i) for i in range(n))
+    if A is None: A = source.collect(stage.output(model, i) for i in range(n))
+    stage.X.clear()                                        # whoever still holds the stage
+    stage.Y = A
     finished = lambda i: [(attention, _stand_in(A[i], structure))]
     # 2. the MLP up to the input of its second linear
-    if firsts: yield first('mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished))
+    if firsts: yield from first('mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished))
+    if outputs:
+        stage = _computed(b, second, states, lambda i, pairs: run(i, [*finished(i), *pairs]).to(waiting))
+        A.clear()
+        yield stage                                        # the block is finished, and holds nothing else
+        return
     stage = checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, b.mlp_second, n, run, finished)))
     yield stage
     # 3. what is left of the block: norms and additions
@@ -235,7 +269,9 @@ def _stages(source, b, n, run, firsts, waiting):
     def output(i):
         y = stage.output(model, i)
         return run(i, [*finished(i), (second, lambda x: y.view(*x.shape[:-1], y.shape[-1])), *thin])
-    return source.collect(output(i).to(waiting) for i in range(n))
+    for i in range(n): states[i] = output(i).to(waiting)   # in the place of those before
+    A.clear()
+    stage.X.clear()
 
 # %% ../nbs/05_walk.ipynb #a5c00007
 def cut(
@@ -336,6 +372,7 @@ def walk_both(
     dense=None, # source of the model as it was; the twin of the first by default
     log=None, # keeps the states of both walks (see `StreamLog`)
     device=None, # visit this device block by block; by default blocks stay where they are
+    meanwhile=lambda old: None, # called with each old stage before the other walk moves
     **settings, # of `walk`
 ):
     "Yield pairs of stages, of the model as it was and is; old second levels have outputs `Y`, no inputs."
@@ -343,11 +380,12 @@ def walk_both(
     dense = source.twin() if dense is None else dense
     pruned = walk(source, windows, log=log, **settings)
     beside = log.beside('dense') if log else None
-    for old in walk(dense, windows, log=beside, **{**settings, 'desc': 'dense'}):
-        if old.level == 'second':
-            old.Y = old.outputs(dense.model)
-            old.X.clear()                                  # inputs of one trajectory at a time
-        yield old, next(pruned)
+    for old in walk(dense, windows, outputs=True, log=beside, **{**settings, 'desc': 'dense'}):
+        meanwhile(old)
+        new = next(pruned)
+        yield old, new
+        new.finish(source.model)
+        del old, new                                       # goals and outputs live in the walks alone
     next(pruned, None)                                     # the last block is finished, too
 
 # The drift of eq. target: what the stream has lost so far.
@@ -364,13 +402,19 @@ def drifting(
     drift = log.beside('drift').taken() if log else None
     # else a norm comes between, and drift is no sum
     adds = getattr(source.model.config, 'do_layer_norm_before', True)
-    for old, new in walk_both(source, windows, dense, log, **settings):
-        if new.level == 'first':
-            yield new, None
-            continue
-        targets = old.Y if drift is None else [y.view_as(d) + d.to(y.device) for y, d in zip(old.Y, drift)]
+    def aim(old):
+        "Outputs of the dense model, plus what the stream has lost."
+        if old.level == 'second' and drift is not None: old.Y = _sums(drift, old.Y, 1, old.part == 'mlp')
+    for old, new in walk_both(source, windows, dense, log, meanwhile=aim, **settings):
+        targets = None if new.level == 'first' else [*old.Y]
         yield new, targets
-        new.Y = new.outputs(source.model)
-        if adds: drift = [t - y.view_as(t) for t, y in zip(targets, new.Y)]
+        new.finish(source.model)
+        if adds and targets: drift = _sums(targets, new.Y, -1, new.part == 'mlp')
         if log and adds: log.beside('drift').states = drift
+        if targets: targets.clear()                        # whoever still holds what was yielded
+        del old, new
 
+def _sums(X, Y, sign, in_place):
+    "x + sign·y for each pair, on the device of y; at the end of a block nobody else holds the x."
+    add = torch.Tensor.add_ if in_place else torch.add
+    return [add(x.to(y.device), y.view_as(x), alpha=sign) for x, y in zip(X, Y)]

@@ -333,7 +333,7 @@ def test_without_trust_it_is_the_repair_of_the_own_trajectory():
 
 def test_targets_are_mixed_linearly():
     m, w = tiny_model('llama'), windows(16)
-    s = [s for s in walk(m, w) if s.part == 'mlp'][1]
+    s = next(s for s in walk(m, w) if (s.layer, s.part) == (1, 'mlp'))
     c = next(c for c in couplings(m, 'mlp_channel') if c.layer == s.layer)
     v = Visit(Context(InMemory(m), w, .2), c, s, [torch.randn_like(y) for y in s.outputs(m)])
     every, ridge = torch.arange(c.n_units), Ridge(.1)

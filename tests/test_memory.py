@@ -1,6 +1,7 @@
-"""A streamed run holds one block, one statistic and one batch: its peak, in a process of its own, against the shape."""
+"""A streamed run holds one block, one statistic and one batch: its peak, in a process of its own, against the shape. Inputs live at their own stage."""
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from helpers import tiny_model
 
 from prunebook.couplings import anatomy
-from prunebook.sources import OnDisk, _DiskList
+from prunebook.methods import Needs, configured
+from prunebook.sources import InMemory, OnDisk, _DiskList
+from prunebook.stream import Context, visits
 from prunebook.text import random_tokens
-from prunebook.walk import walk
+from prunebook.walk import walk, walk_both
 
 HIDDEN, WIDTH, VOCABULARY, TOKENS = 512, 1536, 30000, 8*64
 LINUX = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
@@ -79,3 +82,41 @@ def test_an_open_block_maps_no_file(tmp_path):
         source.open(b)
         assert not mapped()
         source.close(b)
+
+
+# ---- inputs live at their own stage only ------------------------------------------------------------------------------
+
+class Watched(InMemory):
+    "Notes, whenever something was collected, how many bytes of inputs of other second linears are alive."
+    def __init__(self, model, widths):
+        super().__init__(model)
+        self.widths, self.seen, self.left = widths, [], []
+
+    def collect(self, tensors):
+        kept = super().collect(tensors)
+        if (width := kept[0].shape[-1]) in self.widths:
+            self.left.append(sum(x().nbytes for w, x in self.seen if w != width and x() is not None))
+            self.seen += [(width, weakref.ref(x)) for x in kept]
+        return kept
+
+
+@pytest.mark.parametrize('dense', [None, 'outputs', 'stream'])
+@pytest.mark.parametrize('firsts', [False, True])
+def test_inputs_are_let_go_before_the_next_come(dense, firsts):
+    "Attention reads 96 columns, the MLP 80; the caller keeps every visit, as a loop does with the last one."
+    m = tiny_model('llama', hidden_size=48, head_dim=16, intermediate_size=80)
+    source, method = Watched(m, (96, 80)), configured('fasp', {})
+    ctx = Context(source, random_tokens(m, n=4, seqlen=8), .2, table=method.table(m))
+    for v in visits(ctx, Needs(dense=dense, firsts=firsts, everywhere=True)):
+        if v.level == 'second' and v.coupling is not None: v.cut(range(10), v.weight[:, :10])
+    assert source.left == [0]*6
+    assert all(x() is None for _, x in source.seen)
+
+
+def test_the_dense_model_goes_ahead_when_inputs_are_gone():
+    "Two trajectories, and inputs of one second linear of one of them at a time."
+    m = tiny_model('llama', hidden_size=48, head_dim=16, intermediate_size=80)
+    source, twin = Watched(m, (96, 80)), Watched(tiny_model('llama', hidden_size=48, head_dim=16, intermediate_size=80), (96, 80))
+    twin.seen, twin.left = source.seen, source.left
+    for _ in walk_both(source, random_tokens(m, n=4, seqlen=8), twin): pass
+    assert source.left == [0]*12
