@@ -12,10 +12,10 @@ import torch
 from tqdm.auto import tqdm
 from . import estimate as est
 from .couplings import weight_of
-from .curvature import curvature, curvature_bytes, damped_inverse, factor_rows, input_leaders
+from .curvature import curvature, curvature_bytes, factor_rows, input_leaders
 from .methods import Method, Run
 from .models import decoder_linears, n_parameters
-from .repair import as_double, double_device
+from .repair import Ridge, as_double, double_device
 from .scores import check_pattern, linears_to_sparsify, with_bias, zeros_among
 from .surgeon import set_weight
 from .walk import walk
@@ -30,8 +30,8 @@ def element_costs(
 ):
     """Least rise of the loss when one weight becomes zero and all others adapt (eq. cost), float64,
     (out, in); nothing where all inputs are zero."""
-    rows = 1. if G is None else damped_inverse(G, damp_g).diag()[:, None]
-    columns = damped_inverse(A, damp).diag()
+    rows = 1. if G is None else Ridge(damp_g).inverse(G).diag()[:, None]
+    columns = Ridge(damp).inverse(A).diag()
     return .5*as_double(W)**2/(rows*columns)*A.any().to(double_device(A.device))
 
 # %% ../nbs/51_elements.ipynb #3abacc57
@@ -88,8 +88,8 @@ def _remove_in_chunks(
     "The update of LLM Surgeon: the cheapest first, some at a time, one chunk after the other; (out, in)."
     V = as_double(W)
     keep = keep.to(V.device)
-    inverse_A = damped_inverse(A, damp)
-    inverse_G = damped_inverse(G, damp_g)
+    inverse_A = Ridge(damp).inverse(A)
+    inverse_G = Ridge(damp_g).inverse(G)
     costs = element_costs(W, A, G, damp, damp_g).flatten()
     gone = (~keep).flatten().nonzero()[:, 0]
     for part in gone[costs[gone].argsort()].split(size):

@@ -220,7 +220,7 @@ def _outside(source, dtype):
     files = []
     for i, name in enumerate(source.outside()):
         files.append(source.out/f'rest-{i:05d}.safetensors')
-        save_tensors({name: source.read(name).to(dtype)}, files[-1])
+        save_tensors({source.kept_name(name): source.read(name).to(dtype)}, files[-1])
     return files
 
 def write_checkpoint(
@@ -257,6 +257,13 @@ def check_streams(
         raise ValueError(f'{method.name} {why} and cannot be streamed; '
                          'prune it in memory, or choose another method, for example fasp.')
 
+def _untouched(source, units):
+    "Every block goes from disk to disk as it is; kept units, and no scores."
+    for b in anatomy(source.model):
+        source.open(b)
+        source.close(b)
+    return {n: list(range(k)) for n, k in units.items()}, {}
+
 def _stream_into(folder, work, calibration, method, sparsity, run):
     "Prune a checkpoint into files of `work`; its source and the plan."
     source = OnDisk(folder, work, run.dtype, run.device)
@@ -266,7 +273,7 @@ def _stream_into(folder, work, calibration, method, sparsity, run):
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
     key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)
     ctx = Context(source, calibration, sparsity, run, StreamLog(work, key))
-    kept, scores = method.run(ctx)
+    kept, scores = method.run(ctx) if sparsity > 0 else _untouched(source, units)
     return source, _plan(method, ctx, total, kept, scores, units, key['model'])
 
 # %% ../nbs/08_pruning.ipynb #55562b81

@@ -15,6 +15,8 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from .couplings import anatomy
 from .models import blocks
 
@@ -141,14 +143,14 @@ def _in_place_of(old, name, value, device=None):
 # %% ../nbs/05a_sources.ipynb #4de4fbf3
 def fill(
     module, # a module whose parameters are on `meta`
-    prefix, # what its tensors' names begin with in the checkpoint, for example 'model.layers.0.'
-    files, # path of the file of each tensor, from `tensor_files`
+    prefix, # what its tensors' names begin with, for example 'model.layers.0.'
+    read, # function of a name that reads a tensor
     device='cpu', # where its tensors go
 ):
     "Read the tensors of a module. Raises `ValueError` for one that is missing or has another shape."
     for name, old in list(module.state_dict(keep_vars=True).items()):
         path, _, leaf = name.rpartition('.')
-        value = _in_place_of(old, prefix + name, read_tensor(files, prefix + name), device)
+        value = _in_place_of(old, prefix + name, read(prefix + name), device)
         setattr(module.get_submodule(path), leaf, value)
     return module.to(device)
 
@@ -209,14 +211,24 @@ class _DiskList:
         self.file.truncate(0)
 
 # %% ../nbs/05a_sources.ipynb #e828086d
-def _saved_name(
+def _renamed(
     model, # skeleton of a model
-    files, # path of the file of each tensor, from `tensor_files`
-    name, # name of a tensor of the model, or what it begins with
+    name, # name of a tensor of a checkpoint
 ):
-    "What the checkpoint calls a tensor of the model: one of the body alone leaves the first part out."
-    body = model.base_model_prefix + '.'
-    return name if any(n.startswith(body) for n in files) else name.removeprefix(body)
+    "What `transformers` calls it in the model."
+    for rule in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(rule, WeightRenaming): name, _ = rule.rename_source_key(name)
+    return name
+
+def _saved_names(
+    model, # skeleton of a model
+    names, # names of the tensors of its checkpoint
+):
+    "What the checkpoint calls each tensor of the model: one of the body alone leaves the first part out."
+    there, body = {_renamed(model, n): n for n in names}, model.base_model_prefix + '.'
+    whole = any(n.startswith(body) for n in there)
+    inside = lambda n: n if whole else n.removeprefix(body)
+    return {n: there.get(inside(n), inside(n)) for n in model.state_dict()}
 
 # %% ../nbs/05a_sources.ipynb #37c85a8e
 def _check_names(
@@ -267,7 +279,7 @@ class OnDisk:
         self.folder, self.out, self.device = Path(folder), out and Path(out), torch.device(device or 'cpu')
         self.files, self.model = tensor_files(folder), skeleton(folder, dtype)
         self.prefix = blocks(self.model)[0] + '.'
-        self.saved = {n: _saved_name(self.model, self.files, n) for n in self.model.state_dict()}
+        self.saved = _saved_names(self.model, self.files)
         _check_names(self.model, self.files, self.saved)
         _check_tied(self.model, self.files, self.saved)
         self.names = [n for n in self.saved if n not in self.model.all_tied_weights_keys]
@@ -277,6 +289,13 @@ class OnDisk:
     ):
         "A tensor of the checkpoint, mapped from its file."
         return read_tensor(self.files, self.saved[name])
+
+    def kept_name(self,
+        name, # name of a tensor of the model
+    ):
+        "What a finished checkpoint calls it: whole, and in the words of the one that was read."
+        saved = self.saved[name]
+        return name if saved == name.removeprefix(self.model.base_model_prefix + '.') else saved
 
     def outside(self):
         "Names of the tensors that belong to no block."
@@ -351,8 +370,7 @@ def open(self:OnDisk,
 ):
     "The block with its weights."
     _give_back()
-    prefix = _saved_name(self.model, self.files, f'{block.name}.')
-    return fill(self.model.get_submodule(block.name), prefix, self.files, self.device)
+    return fill(self.model.get_submodule(block.name), f'{block.name}.', self.read, self.device)
 
 @patch
 def close(self:OnDisk,

@@ -259,24 +259,16 @@ def visits(
     if not needs.text:
         yield from _without_text(ctx)
         return
-    own, shared = _own_share(ctx) if needs.shared else (ctx, False)
     place = {(c.layer, c.part): c for c in ctx.table}
     settings = dict(batch_size=ctx.run.batch_size, desc=desc, firsts=needs.firsts)
-    for stage, goal in _stages(own, needs, settings, dense):
+    for stage, goal in _stages(ctx, needs, settings, dense):
         c = place.get((stage.layer, stage.part))
         if c is not None or needs.everywhere:
-            v = Visit(ctx, c, stage, _goal(stage, goal), shared)
+            v = Visit(ctx, c, stage, _goal(stage, goal))
             yield v
             v.__dict__.pop('gram', None)                   # the caller holds the visit until the next comes,
             v.stage = v.dense = None                       # and must not hold what it has seen
         del stage, goal                                    # nor does this loop
-
-def _own_share(ctx):
-    "The context with the windows of this process, and whether there are others. Raises `ValueError` for too few."
-    rank, count = ctx.processes
-    if len(ctx.windows) < count:
-        raise ValueError(f'{len(ctx.windows)} windows cannot be shared out over {count} processes; give more.')
-    return replace(ctx, windows=Windows(ctx.windows.ids[rank::count], ctx.windows.source)), count > 1
 
 def _goal(stage, goal):
     "Outputs of the dense model at a second level; its stage at a first level."
@@ -299,7 +291,6 @@ def stream(
     ctx.found = method.prepare(ctx)
     ctx.steps = method.allocate(ctx) if ctx.given is None else _given_steps(ctx)
     needs = method.needs
-    if not ctx.sparsity: needs = replace(needs, everywhere=False)              # nothing leaves, nothing is repaired
     dense = ctx.source.twin() if needs.dense else None     # as it is before the first cut
     kept, scores = ctx.log.read(ctx.model).decided if ctx.log else ({}, {})
     for v in visits(ctx, needs, dense, method.name):

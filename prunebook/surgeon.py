@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from . import estimate as est
 from .couplings import couplings, slice_units, weight_of
-from .curvature import curvature, curvature_work, damped_inverse
+from .curvature import curvature, curvature_work
 from .evaluate import window_losses
 from .methods import Method, Needs, Run, setting
 from .models import blocks, decoder_linears, n_parameters
 from .plan import global_steps, keep_after, write_atomic
-from .repair import as_double, double_device
+from .repair import Ridge, as_double, double_device
 from .scores import module_names, with_bias
 from .stream import run_key
 from .text import Windows
@@ -86,7 +86,7 @@ def living_inverses(
     "What lives, and damped inverses of these parts: (rows, columns, A, G); None if nothing lives."
     r, c = _living(W, factors)
     if not (r.any() and c.any()): return None
-    part = lambda M, i: damped_inverse(M.to(W.device)[i][:, i], damp)
+    part = lambda M, i: Ridge(damp).inverse(M.to(W.device)[i][:, i])
     return r, c, part(factors.A, c), part(factors.G, r)
 
 # %% ../nbs/52_surgeon.ipynb #3e501c5e
@@ -330,7 +330,7 @@ def _inverse(known, factors, name, side, damp, device):
     "Damped inverse of a factor, from `known` (a dict, or None to remember nothing) or new."
     M = getattr(factors[name], side)
     inverse = None if known is None else known.get((name, side))
-    if inverse is None: inverse = damped_inverse(M.to(device), damp)
+    if inverse is None: inverse = Ridge(damp).inverse(M.to(device))
     if known is not None: known[name, side] = inverse.to(double_device(M.device))
     return inverse.to(double_device(device))
 
@@ -404,8 +404,8 @@ def _low_rank_step(
     damp=10., # ridge of both factors, as a fraction of the mean diagonal
 ):
     "Change of low rank that lowers the quadratic model most (eq. correction), (out, in), and by how much."
-    left = torch.linalg.cholesky(damped_inverse(G, damp))  # inverse = K Kᵀ, K in the place of L⁻ᵀ
-    right = torch.linalg.cholesky(damped_inverse(A, damp))
+    left = torch.linalg.cholesky(Ridge(damp).inverse(G))  # inverse = K Kᵀ, K in the place of L⁻ᵀ
+    right = torch.linalg.cholesky(Ridge(damp).inverse(A))
     P, s, Q = torch.linalg.svd(left.T @ as_double(slope) @ right, full_matrices=False)
     change = -left @ (P[:, :rank]*s[:rank]) @ Q[:rank] @ right.T
     return change, .5*s[:rank].square().sum().item()

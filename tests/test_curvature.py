@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from prunebook.couplings import slice_units, weight_of
-from prunebook.curvature import Factors, _nearest_kronecker, curvature, curvature_bytes, damped_inverse, input_leaders, optimal_removal
+from prunebook.curvature import Factors, _nearest_kronecker, curvature, curvature_bytes, input_leaders, optimal_removal
 from prunebook.models import TINY, decoder_linears, tiny_model
+from prunebook.repair import Ridge
 from prunebook.text import Windows
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -215,9 +216,9 @@ def test_nearest_kronecker_is_the_nearest(o, i, seed):
 
 
 @pytest.mark.parametrize('damp', [0, .01, 1.])
-def test_damped_inverse(damp):
+def test_the_inverse_of_a_factor(damp):
     M = spd(6)
-    assert torch.allclose(damped_inverse(M.float(), damp), (M + damp*M.diag().mean()*torch.eye(6)).inverse(), rtol=1e-4)
-    assert torch.allclose(damped_inverse(8*M, damp), damped_inverse(M, damp)/8)
-    assert torch.equal(damped_inverse(torch.zeros(4, 4), damp), torch.eye(4, dtype=torch.float64))           # nothing was seen
-    with pytest.raises(ValueError, match='mean of the diagonal is -0.5'): damped_inverse(torch.diag(torch.tensor([1., -2.])), 0)
+    assert torch.allclose(Ridge(damp).inverse(M.float()), (M + damp*M.diag().mean()*torch.eye(6)).inverse(), rtol=1e-4)
+    assert torch.allclose(Ridge(damp).inverse(8*M), Ridge(damp).inverse(M)/8)
+    assert torch.equal(Ridge(damp).inverse(torch.zeros(4, 4)), torch.eye(4, dtype=torch.float64))           # nothing was seen
+    with pytest.raises(ValueError, match='mean of the diagonal is -0.5'): Ridge(0).inverse(torch.diag(torch.tensor([1., -2.])))

@@ -13,7 +13,7 @@ from prunebook.depth2 import (Depth2, _Moments, block_errors, _column_moments, _
 from prunebook.methods import Needs, Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY
-from prunebook.repair import Ridge, restore_columns
+from prunebook.repair import Ridge
 from prunebook.save import load_pruned, save_pruned
 from prunebook.text import Windows
 from prunebook.sources import InMemory, twin
@@ -320,14 +320,14 @@ def test_second_block_is_fitted_from_pruned_inputs_to_dense_outputs(family, way)
 
 
 def test_without_trust_it_is_the_repair_of_the_own_trajectory():
-    "Trust 0 scores and fits like FASP's repair: same columns, `restore_columns` on them, first level untouched."
+    "Trust 0 scores and fits like FASP's repair: same columns, `Ridge.restore` on them, first level untouched."
     m, w = tiny_model('qwen2'), windows(16)
     small, plan = prune(m, w, Depth2(trust=0., damp=.01), .15)
     for i, b in enumerate(anatomy(m)):
         for n in b.family.mlp_firsts: assert torch.equal(small.get_submodule(b.path(n)).weight, m.get_submodule(b.path(n)).weight[plan.kept[f'{i}.mlp_channel']])
     s = next(s for s in walk(m, w) if s.part == 'mlp')
     keep = torch.tensor(plan.kept['0.mlp_channel'])
-    expected = restore_columns(weight_of(m.get_submodule(s.second)).detach(), s.gram(), keep, .01)
+    expected = Ridge(.01).restore(weight_of(m.get_submodule(s.second)).detach(), s.gram(), keep)
     assert torch.allclose(small.get_submodule(s.second).weight, expected, atol=1e-5)
 
 

@@ -376,4 +376,4 @@ def test_as_double_moves_what_the_device_cannot_hold(monkeypatch):
     assert (x.dtype, x.device.type, asked) == (torch.float64, 'meta', [torch.device('cpu')])
     monkeypatch.undo()
     A, B = torch.eye(3).bfloat16(), torch.ones(3, 2)
-    assert repair.ridge_solve(A, B).dtype == torch.float64 and repair.restore_columns(B.T.half(), A, torch.arange(2)).dtype == torch.float16
+    assert repair.Ridge().solve(A, B).dtype == torch.float64 and repair.Ridge().restore(B.T.half(), A, torch.arange(2)).dtype == torch.float16

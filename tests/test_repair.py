@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from prunebook.repair import Ridge, restore_columns, ridge_solve
+from prunebook.repair import Ridge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -57,7 +57,7 @@ def test_least_squares_with_fewer_tokens_than_channels(problem, damp, towards, o
 def test_no_other_weights_are_better(problem):
     "Perturbing the solution in any direction makes the fit worse."
     X, W, keep = problem
-    U = restore_columns(W, X.T @ X, keep, damp=1e-12)
+    U = Ridge(1e-12).restore(W, X.T @ X, keep)
     best = error(U, X, W, keep)
     for i in range(5):
         step = torch.randn(U.shape, dtype=f64, generator=torch.Generator().manual_seed(i))
@@ -70,20 +70,20 @@ def test_no_other_weights_are_better(problem):
 def test_towards_weights_is_never_worse_than_cutting(problem, damp):
     X, W, keep = problem
     cut = error(W[:, keep], X, W, keep)
-    assert error(restore_columns(W, X.T @ X, keep, damp), X, W, keep) <= cut*(1 + 1e-6) + 1e-6*X.norm()*W.norm()
+    assert error(Ridge(damp).restore(W, X.T @ X, keep), X, W, keep) <= cut*(1 + 1e-6) + 1e-6*X.norm()*W.norm()
 
 
 @given(problems())
 def test_small_damping_towards_zero_is_never_worse_than_cutting(problem):
     X, W, keep = problem
     cut = error(W[:, keep], X, W, keep)
-    assert error(restore_columns(W, X.T @ X, keep, 1e-9, 'zero'), X, W, keep) <= cut*(1 + 1e-6) + 1e-6*X.norm()*W.norm()
+    assert error(Ridge(1e-9, 'zero').restore(W, X.T @ X, keep), X, W, keep) <= cut*(1 + 1e-6) + 1e-6*X.norm()*W.norm()
 
 
 @given(problems(), st.sampled_from(['weights', 'zero']))
 def test_more_damping_never_fits_better(problem, towards):
     X, W, keep = problem
-    errors = [error(restore_columns(W, X.T @ X, keep, damp, towards), X, W, keep) for damp in (1e-8, 1e-4, .01, 1., 100.)]
+    errors = [error(Ridge(damp, towards).restore(W, X.T @ X, keep), X, W, keep) for damp in (1e-8, 1e-4, .01, 1., 100.)]
     assert all(a <= b + 1e-6*X.norm().item()*W.norm().item() for a, b in zip(errors, errors[1:]))
 
 
@@ -91,14 +91,14 @@ def test_more_damping_never_fits_better(problem, towards):
 def test_order_of_kept_columns(problem, towards, seed):
     X, W, keep = problem
     perm = torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))
-    a, b = (restore_columns(W, X.T @ X, k, .01, towards) for k in (keep, keep[perm]))
+    a, b = (Ridge(.01, towards).restore(W, X.T @ X, k) for k in (keep, keep[perm]))
     assert torch.allclose(a[:, perm], b, rtol=1e-8, atol=1e-8)
 
 
 @given(problems(), st.sampled_from([1e-6, 1., 1e6]))
 def test_units_of_the_inputs_do_not_matter(problem, scale):
     X, W, keep = problem
-    a, b = restore_columns(W, X.T @ X, keep), restore_columns(W, (scale*X).T @ (scale*X), keep)
+    a, b = Ridge().restore(W, X.T @ X, keep), Ridge().restore(W, (scale*X).T @ (scale*X), keep)
     assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -106,14 +106,14 @@ def test_units_of_the_inputs_do_not_matter(problem, scale):
 def test_keeping_everything_towards_weights_changes_nothing(problem):
     X, W, _ = problem
     every = torch.arange(W.shape[1])
-    assert torch.allclose(restore_columns(W, X.T @ X, every, .01), W, atol=1e-7)
+    assert torch.allclose(Ridge(.01).restore(W, X.T @ X, every), W, atol=1e-7)
 
 
 def test_inputs_are_not_changed():
     X, W, keep = torch.randn(30, 6), torch.randn(3, 6), torch.tensor([0, 2, 5])
     C = X.T @ X
     old = [t.clone() for t in (W, C, keep)]
-    restore_columns(W, C, keep)
+    Ridge().restore(W, C, keep)
     assert all(torch.equal(a, b) for a, b in zip((W, C, keep), old))
 
 
@@ -127,7 +127,7 @@ def test_rank_deficient_inputs(towards, damp):
     W, keep = torch.randn(5, 12, dtype=f64, generator=torch.Generator().manual_seed(1)), torch.arange(0, 11)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        U = restore_columns(W, X.T @ X, keep, damp, towards)
+        U = Ridge(damp, towards).restore(W, X.T @ X, keep)
     assert U.isfinite().all()
     assert error(U, X, W, keep) <= (.2 if damp == .01 else 1e-3)*(X @ W.T).norm()
     assert all('damping is raised' in str(w.message) for w in caught)
@@ -136,7 +136,7 @@ def test_rank_deficient_inputs(towards, damp):
 
 def test_an_indefinite_matrix_is_damped_aloud():
     A = torch.diag(torch.tensor([3., 2., -1.]))             # mean diagonal 4/3
-    with pytest.warns(UserWarning, match='damping is raised'): X = ridge_solve(A, torch.ones(3, 1))
+    with pytest.warns(UserWarning, match='damping is raised'): X = Ridge().solve(A, torch.ones(3, 1))
     assert torch.allclose(X.flatten(), 1/(A.diag().double() + 4/3))
 
 
@@ -148,10 +148,10 @@ def test_dead_inputs(damp):
     W, keep = torch.randn(3, 8, dtype=f64, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 6])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        U, Z = (restore_columns(W, X.T @ X, keep, damp, t) for t in ('weights', 'zero'))
+        U, Z = (Ridge(damp, t).restore(W, X.T @ X, keep) for t in ('weights', 'zero'))
     assert torch.allclose(U[:, 1], W[:, 1]) and torch.equal(Z[:, 1], torch.zeros(3, dtype=f64))
     live = [i for i in range(8) if i not in (1, 4)]
-    other = restore_columns(W[:, live], (X.T @ X)[live][:, live], torch.tensor([0, 1, 4]), damp*3/4)      # the mean diagonal is over 3, not 4
+    other = Ridge(damp*3/4).restore(W[:, live], (X.T @ X)[live][:, live], torch.tensor([0, 1, 4]))      # the mean diagonal is over 3, not 4
     assert torch.allclose(U[:, [0, 2, 3]], other)
 
 
@@ -159,14 +159,14 @@ def test_only_dead_inputs_left():
     C = torch.zeros(4, 4)
     C[0, 0] = 1
     W = torch.arange(8.).view(2, 4)
-    assert torch.equal(restore_columns(W, C, torch.tensor([1, 2])), W[:, 1:3])                # nothing is known of them: the old weights
-    assert torch.equal(restore_columns(W, C, torch.tensor([1, 2]), towards='zero'), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match='no finite, non-zero input'): ridge_solve(torch.zeros(3, 3), torch.ones(3, 1))   # but that is a contradiction
+    assert torch.equal(Ridge().restore(W, C, torch.tensor([1, 2])), W[:, 1:3])                # nothing is known of them: the old weights
+    assert torch.equal(Ridge(towards='zero').restore(W, C, torch.tensor([1, 2])), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match='no finite, non-zero input'): Ridge().solve(torch.zeros(3, 3), torch.ones(3, 1))   # but that is a contradiction
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_inputs_that_are_not_finite(value):
-    with pytest.raises(ValueError, match='no finite, non-zero input'): restore_columns(torch.ones(2, 4), torch.diag(torch.tensor([1., 1., value, 1.])), torch.arange(4))
+    with pytest.raises(ValueError, match='no finite, non-zero input'): Ridge().restore(torch.ones(2, 4), torch.diag(torch.tensor([1., 1., value, 1.])), torch.arange(4))
 
 
 @pytest.mark.parametrize('damp', [float('nan'), float('inf')])
@@ -174,7 +174,7 @@ def test_damping_that_is_no_number_ends(damp):
     "It must not be raised for ever. (A warning is made an error here, so that this test ends in any case.)"
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with pytest.raises(ValueError, match='damp'): ridge_solve(torch.eye(3), torch.ones(3, 1), damp)
+        with pytest.raises(ValueError, match='damp'): Ridge(damp).solve(torch.eye(3), torch.ones(3, 1))
 
 
 def test_a_matrix_with_nan_beside_the_diagonal_ends():
@@ -182,7 +182,7 @@ def test_a_matrix_with_nan_beside_the_diagonal_ends():
     A[0, 1] = A[1, 0] = float('nan')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with pytest.raises(ValueError, match='finite'): ridge_solve(A, torch.ones(3, 1))
+        with pytest.raises(ValueError, match='finite'): Ridge().solve(A, torch.ones(3, 1))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
@@ -191,9 +191,9 @@ def test_weights_keep_their_precision(dtype, towards):
     "The change is solved for, in float32 where the ridge is not weak, and rounded once."
     X = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
     W, keep, C = torch.randn(4, 10, generator=torch.Generator().manual_seed(1)).to(dtype), torch.tensor([0, 3, 4, 5, 8]), X.T @ X
-    U = restore_columns(W, C, keep, .01, towards)
+    U = Ridge(.01, towards).restore(W, C, keep)
     assert U.dtype == dtype
-    exact = restore_columns(W.double(), C.double(), keep, .01, towards)
+    exact = Ridge(.01, towards).restore(W.double(), C.double(), keep)
     spacing = torch.finfo(dtype).eps*exact.abs() + 1e-6*(exact - W[:, keep].double()).norm()
     assert ((U.double() - exact).abs() <= spacing).all()
 
@@ -201,7 +201,7 @@ def test_weights_keep_their_precision(dtype, towards):
 def test_a_weak_ridge_is_solved_in_float64():
     X = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
     W, keep, C = torch.randn(4, 10, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 4, 5, 8]), X.T @ X
-    assert torch.equal(restore_columns(W, C, keep, 1e-9), restore_columns(W.double(), C.double(), keep, 1e-9).float())
+    assert torch.equal(Ridge(1e-9).restore(W, C, keep), Ridge(1e-9).restore(W.double(), C.double(), keep).float())
 
 
 def test_float64_is_taken_where_float32_fails():
@@ -209,12 +209,12 @@ def test_float64_is_taken_where_float32_fails():
     A = torch.ones(2, 2, dtype=torch.float64) + 1e-9*torch.eye(2, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        X = ridge_solve(A, torch.ones(2, 1, dtype=torch.float64), 0., dtype=torch.float32)
+        X = Ridge(0.).solve(A, torch.ones(2, 1, dtype=torch.float64), dtype=torch.float32)
     assert X.dtype == torch.float64 and torch.allclose(A @ X, torch.ones(2, 1, dtype=torch.float64))
 
 
 def test_targets_have_names():
-    with pytest.raises(ValueError, match="towards is 'nowhere'"): restore_columns(torch.ones(2, 3), torch.eye(3), torch.tensor([0]), towards='nowhere')
+    with pytest.raises(ValueError, match="towards is 'nowhere'"): Ridge(towards='nowhere').restore(torch.ones(2, 3), torch.eye(3), torch.tensor([0]))
 
 
 # ---- the settings ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import tiny_model
+from test_conformance import PLAIN, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -58,6 +59,26 @@ def test_from_disk_as_in_memory(family, units, tmp_path):
     assert streamed == plan
     assert equal(load_pruned(tmp_path/'small', device='cpu')[0], small)
     assert verify(tmp_path/'small') == [] and not list(tmp_path.glob('.small*'))
+
+
+@pytest.mark.parametrize('sparsity', [0., .2])
+@pytest.mark.parametrize('family, variant', [(f, v) for f, v in PLAIN if f not in TINY])
+def test_families_with_fused_matrices(family, variant, sparsity, tmp_path):
+    "The head of GPT-NeoX has another name in its checkpoint: it was refused as belonging to another model."
+    m = build(family, variant)
+    small, plan = prune(m, text(m), 'fasp', sparsity)
+    streamed = prune_folder(saved(m, tmp_path/'dense'), text(m), 'fasp', sparsity, tmp_path/'small')
+    assert streamed == plan and tensor_files(tmp_path/'small').keys() == tensor_files(tmp_path/'dense').keys()
+    assert equal(load_pruned(tmp_path/'small', device='cpu')[0], small)
+
+
+@pytest.mark.parametrize('name', ['fasp', 'magnitude', 'random'])
+def test_nothing_leaves(name, tmp_path):
+    "At sparsity 0 nothing is scored, from disk as in memory."
+    m = tiny_model('llama')
+    small, plan = prune(m, text(m), name, 0)
+    streamed = prune_folder(saved(m, tmp_path/'dense'), text(m), name, 0, tmp_path/'small')
+    assert streamed == plan and equal(load_pruned(tmp_path/'small', device='cpu')[0], m)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

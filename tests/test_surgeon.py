@@ -7,12 +7,12 @@ from helpers import tiny_model
 from hypothesis import given, strategies as st
 from prunebook import surgeon as module
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
-from prunebook.curvature import Factors, curvature, damped_inverse
+from prunebook.curvature import Factors, curvature
 from prunebook.evaluate import window_losses
 from prunebook.methods import Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
-from prunebook.repair import restore_columns
+from prunebook.repair import Ridge
 from prunebook.surgeon import (Surgeon, _CRITERIA, _adapt_to_loss, _correct, _dead_units, _living, _load_state,
                                _loss_slopes, _low_rank_step, _save_state, _structure_costs,
                                _structured_threshold, drop_dead, living_inverses, remove_rows,
@@ -56,7 +56,7 @@ class Toy:
 
 
 SEEDS = st.integers(0, 10**6)
-def costs(W, A, G, cost, damp=.01): return _structure_costs(W, A, G, cost, (damped_inverse(A, damp), damped_inverse(G, damp)))
+def costs(W, A, G, cost, damp=.01): return _structure_costs(W, A, G, cost, (Ridge(damp).inverse(A), Ridge(damp).inverse(G)))
 def adapted(W, factors, rows, columns): return remove_structures(W, living_inverses(W, factors), rows, columns)
 
 
@@ -76,7 +76,7 @@ def test_costs_of_rows_and_columns(seed, damp):
 @given(SEEDS, st.sampled_from([[[0, 1], [2, 4]], [[3, 0, 2], [1, 4, 2]], [[2], [0]]]))
 def test_cost_of_rows_together(seed, table):
     t = Toy(seed)
-    found = row_costs(t.W, t.A, damped_inverse(t.G, .01), torch.tensor(table))
+    found = row_costs(t.W, t.A, Ridge(.01).inverse(t.G), torch.tensor(table))
     for u, rows in enumerate(table):
         gone = torch.zeros(5, 4, dtype=bool); gone[rows] = True
         assert torch.isclose(found[u], t.brute(gone, t.damped(t.G, .01), t.A)[1], rtol=1e-5)
@@ -92,8 +92,8 @@ def test_joint_removal_of_rows_and_columns(seed, rows, columns):
     assert found[gone].count_nonzero() == 0
     D = found - t.W
     assert torch.isclose(.5*(D*(G @ D @ A)).sum(), cost, rtol=1e-5, atol=1e-9)                # compared by misfit
-    summed = t.W - (t.W - remove_rows(t.W, damped_inverse(t.G), torch.tensor(sorted(rows), dtype=torch.long))) \
-        - (t.W - remove_rows(t.W.T, damped_inverse(t.A), torch.tensor(sorted(columns), dtype=torch.long)).T)
+    summed = t.W - (t.W - remove_rows(t.W, Ridge().inverse(t.G), torch.tensor(sorted(rows), dtype=torch.long))) \
+        - (t.W - remove_rows(t.W.T, Ridge().inverse(t.A), torch.tensor(sorted(columns), dtype=torch.long)).T)
     summed[gone] = 0
     assert .5*((summed - t.W)*(G @ (summed - t.W) @ A)).sum() >= cost*(1 - 1e-6)             # rows and columns apart, then added, are never better
 
@@ -109,7 +109,7 @@ def test_balance_of_the_factors_does_not_matter(seed, power):
 
 def test_one_by_one_is_only_right_alone():
     t = Toy(1)
-    inverse = damped_inverse(t.G)
+    inverse = Ridge().inverse(t.G)
     for r in range(5): assert torch.allclose(remove_rows(t.W, inverse, torch.tensor([r])), remove_rows(t.W, inverse, torch.tensor([r]), correlate=False))
     apart = remove_rows(t.W, inverse, torch.tensor([0, 3]), correlate=False)
     expected = t.W + sum(remove_rows(t.W, inverse, torch.tensor([r])) - t.W for r in (0, 3))
@@ -124,9 +124,9 @@ def test_second_linear_is_restored_as_by_ridge(seed):
     "The column update is the least-squares restoration with the same ridge towards the old weights."
     t = Toy(seed)
     kept = torch.tensor([1, 3])
-    found = remove_rows(t.W.T, damped_inverse(t.A, .05), torch.tensor([0, 2])).T[:, kept]
+    found = remove_rows(t.W.T, Ridge(.05).inverse(t.A), torch.tensor([0, 2])).T[:, kept]
     scale = t.A.diag().mean()/t.A[kept][:, kept].diag().mean()                               # the ridge there is relative to the kept inputs
-    assert torch.allclose(found, restore_columns(t.W, t.A, kept, (.05*scale).item()), rtol=1e-4, atol=1e-7)
+    assert torch.allclose(found, Ridge((.05*scale).item()).restore(t.W, t.A, kept), rtol=1e-4, atol=1e-7)
 
 
 def test_baselines_by_loops():
@@ -235,12 +235,12 @@ def test_the_update_is_that_of_each_matrix(family):
         m = copy.deepcopy(dense)
         remove_units(m, c, kept, dict(C), .05, update)
         n = c.second[0]
-        W = remove_rows(with_bias(dense.get_submodule(n)).T, damped_inverse(C[n].A, .05), gone).T
+        W = remove_rows(with_bias(dense.get_submodule(n)).T, Ridge(.05).inverse(C[n].A), gone).T
         stay = [i for i in range(W.shape[1]) if i not in gone]
         assert torch.allclose(with_bias(m.get_submodule(n)).double(), W[:, stay], atol=1e-5)
         for n, _ in c.firsts:
             W = with_bias(dense.get_submodule(n)).double()
-            if update == 'tied': W = remove_rows(W, damped_inverse(C[n].G, .05), gone)
+            if update == 'tied': W = remove_rows(W, Ridge(.05).inverse(C[n].G), gone)
             assert torch.allclose(with_bias(m.get_submodule(n)).double(), W[kept], atol=1e-5)
 
 
@@ -303,8 +303,8 @@ def test_less_memory_changes_nothing(options):
 
 
 def test_inverses_are_computed_once(monkeypatch):
-    calls, real = [], module.damped_inverse
-    monkeypatch.setattr(module, 'damped_inverse', lambda *a: (calls.append(1), real(*a))[1])
+    calls, real = [], Ridge.inverse
+    monkeypatch.setattr(Ridge, 'inverse', lambda *a: (calls.append(1), real(*a))[1])
     prune(tiny_model('llama'), windows(), Surgeon(shots=1, rounds=1), .3)
     assert len(calls) == len(couplings(tiny_model('llama'), 'mlp_channel'))
     calls.clear()
