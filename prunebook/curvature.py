@@ -10,7 +10,6 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
-from torch import distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
@@ -18,7 +17,7 @@ from . import estimate as est
 from .couplings import anatomy, weight_of
 from .models import decoder_linears
 from .plan import check_numbers
-from .walk import gram, replaced
+from .walk import gram, processes, replaced, summed
 
 # %% ../nbs/50_curvature.ipynb #3ab72138
 def optimal_removal(

@@ -259,16 +259,24 @@ def visits(
     if not needs.text:
         yield from _without_text(ctx)
         return
+    own, shared = _own_share(ctx) if needs.shared else (ctx, False)
     place = {(c.layer, c.part): c for c in ctx.table}
     settings = dict(batch_size=ctx.run.batch_size, desc=desc, firsts=needs.firsts)
-    for stage, goal in _stages(ctx, needs, settings, dense):
+    for stage, goal in _stages(own, needs, settings, dense):
         c = place.get((stage.layer, stage.part))
         if c is not None or needs.everywhere:
-            v = Visit(ctx, c, stage, _goal(stage, goal))
+            v = Visit(ctx, c, stage, _goal(stage, goal), shared)
             yield v
             v.__dict__.pop('gram', None)                   # the caller holds the visit until the next comes,
             v.stage = v.dense = None                       # and must not hold what it has seen
         del stage, goal                                    # nor does this loop
+
+def _own_share(ctx):
+    "The context with the windows of this process, and whether there are others. Raises `ValueError` for too few."
+    rank, count = ctx.processes
+    if len(ctx.windows) < count:
+        raise ValueError(f'{len(ctx.windows)} windows cannot be shared out over {count} processes; give more.')
+    return replace(ctx, windows=Windows(ctx.windows.ids[rank::count], ctx.windows.source)), count > 1
 
 def _goal(stage, goal):
     "Outputs of the dense model at a second level; its stage at a first level."

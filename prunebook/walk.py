@@ -127,8 +127,12 @@ class Stage:
         return [self.output(model, i) for i in range(len(self.X if self.Y is None else self.Y))]
 
     def finish(self, model):
-        "Let go of the inputs; of a second level, the outputs as they are now are kept."
-        if self.level == 'second': self.Y = self.outputs(model)
+        "Let go of the inputs, batch by batch; of a second level, the outputs as they are now are kept."
+        Y = []
+        for i in range(len(self.X) if self.level == 'second' and self.Y is None else 0):
+            Y.append(self.output(model, i))
+            if isinstance(self.X, list): self.X[i] = None
+        if Y: self.Y = Y
         self.X.clear()
 
 # %% ../nbs/05_walk.ipynb #d00r0102
@@ -218,8 +222,21 @@ def _attention_stage(source, b, n, run):
     return checked(Stage(b, 'attention', b.out, source.collect(seen(i) for i in range(n)))), structure[0]
 
 # %% ../nbs/05_walk.ipynb #a96a03e9
-def _stages(source, b, n, run, firsts, waiting):
-    "The stages of one block; returns the states after it, on the device `waiting`."
+def _computed(b, second, states, run):
+    "The MLP with its outputs, batch by batch; then the states are those after the block."
+    edges, Y = [], []
+    def linear(x):
+        edges.append(torch.stack(x.aminmax()))
+        Y.append(F.linear(x, weight_of(second), second.bias))
+        return Y[-1]
+    for i in range(len(states)): states[i] = run(i, [(second, linear)])
+    stage = checked(Stage(b, 'mlp', b.mlp_second, edges, Y=Y))
+    stage.X.clear()
+    return stage
+
+def _stages(source, b, states, run, firsts, outputs, waiting):
+    "The stages of one block; then the states are those after it, on the device `waiting`."
+    n = len(states)
     model, second = source.model, source.model.get_submodule(b.mlp_second)
     attention = model.get_submodule(b.path(b.family.attention))
     first_attention, first_mlp = b.path(b.family.qkv[0]), b.path(b.family.mlp_firsts[0])
@@ -230,13 +247,20 @@ def _stages(source, b, n, run, firsts, waiting):
     # 1. attention up to the input of its second linear
     if firsts: yield from first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
     stage, structure = _attention_stage(source, b, n, run)
+    if outputs: stage.finish(model)
+    A = stage.Y                                            # before the caller makes something else of them
     yield stage
-    A = source.collect(stage.output(model, i) for i in range(n))
+    if A is None: A = source.collect(stage.output(model, i) for i in range(n))
     stage.X.clear()                                        # whoever still holds the stage
     stage.Y = A
     finished = lambda i: [(attention, _stand_in(A[i], structure))]
     # 2. the MLP up to the input of its second linear
     if firsts: yield from first('mlp', b.mlp_second, _inputs(source, first_mlp, n, run, finished))
+    if outputs:
+        stage = _computed(b, second, states, lambda i, pairs: run(i, [*finished(i), *pairs]).to(waiting))
+        A.clear()
+        yield stage                                        # the block is finished, and holds nothing else
+        return
     stage = checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, b.mlp_second, n, run, finished)))
     yield stage
     # 3. what is left of the block: norms and additions
@@ -245,9 +269,9 @@ def _stages(source, b, n, run, firsts, waiting):
     def output(i):
         y = stage.output(model, i)
         return run(i, [*finished(i), (second, lambda x: y.view(*x.shape[:-1], y.shape[-1])), *thin])
-    after = source.collect(output(i).to(waiting) for i in range(n))
+    for i in range(n): states[i] = output(i).to(waiting)   # in the place of those before
+    A.clear()
     stage.X.clear()
-    return after
 
 # %% ../nbs/05_walk.ipynb #a5c00007
 def cut(
@@ -348,6 +372,7 @@ def walk_both(
     dense=None, # source of the model as it was; the twin of the first by default
     log=None, # keeps the states of both walks (see `StreamLog`)
     device=None, # visit this device block by block; by default blocks stay where they are
+    meanwhile=lambda old: None, # called with each old stage before the other walk moves
     **settings, # of `walk`
 ):
     "Yield pairs of stages, of the model as it was and is; old second levels have outputs `Y`, no inputs."
@@ -355,8 +380,8 @@ def walk_both(
     dense = source.twin() if dense is None else dense
     pruned = walk(source, windows, log=log, **settings)
     beside = log.beside('dense') if log else None
-    for old in walk(dense, windows, log=beside, **{**settings, 'desc': 'dense'}):
-        if old.level == 'second': old.finish(dense.model)  # inputs of one trajectory at a time
+    for old in walk(dense, windows, outputs=True, log=beside, **{**settings, 'desc': 'dense'}):
+        meanwhile(old)
         new = next(pruned)
         yield old, new
         new.finish(source.model)
@@ -377,15 +402,19 @@ def drifting(
     drift = log.beside('drift').taken() if log else None
     # else a norm comes between, and drift is no sum
     adds = getattr(source.model.config, 'do_layer_norm_before', True)
-    for old, new in walk_both(source, windows, dense, log, **settings):
-        first = new.level == 'first'
-        targets = None if first else _undone(old.Y, drift)
+    def aim(old):
+        "Outputs of the dense model, plus what the stream has lost."
+        if old.level == 'second' and drift is not None: old.Y = _sums(drift, old.Y, 1, old.part == 'mlp')
+    for old, new in walk_both(source, windows, dense, log, meanwhile=aim, **settings):
+        targets = None if new.level == 'first' else [*old.Y]
         yield new, targets
         new.finish(source.model)
-        if adds and not first: drift = [t - y.view_as(t) for t, y in zip(targets, new.Y)]
+        if adds and targets: drift = _sums(targets, new.Y, -1, new.part == 'mlp')
         if log and adds: log.beside('drift').states = drift
-        del old, new, targets
+        if targets: targets.clear()                        # whoever still holds what was yielded
+        del old, new
 
-def _undone(Y, drift):
-    "Outputs of the dense model, plus what the stream has lost."
-    return Y if drift is None else [y.view_as(d) + d.to(y.device) for y, d in zip(Y, drift)]
+def _sums(X, Y, sign, in_place):
+    "x + sign·y for each pair, on the device of y; at the end of a block nobody else holds the x."
+    add = torch.Tensor.add_ if in_place else torch.add
+    return [add(x.to(y.device), y.view_as(x), alpha=sign) for x, y in zip(X, Y)]

@@ -385,6 +385,7 @@ class FakeGPU(TorchDispatchMode):
         target = torch.device(kwargs['device']) if kwargs.get('device') is not None else source.device
         kw = {k: v for k, v in kwargs.items() if k not in ('device', 'pin_memory', 'non_blocking')}
         data = source.inner if isinstance(source, GPUTensor) else source
+        if target.type == 'meta': return data.to('meta')
         if self.dry: data = self._dry_copy(data, is_gpu(target), kw.get('dtype', data.dtype))
         out = func(data, **kw)
         if self.dry and is_gpu(target): self._counted('memory', [source], 0, [out])
