@@ -22,7 +22,7 @@ from .models import decoder_linears, n_parameters
 from .plan import REMEDIES, bundles, check_numbers, global_steps, keep_after, uniform_steps
 from .stream import run_key
 from .text import Windows
-from .walk import replaced, walk
+from .walk import from_first, gathered, processes, replaced, walk
 
 # %% ../nbs/40_bonsai.ipynb #9d2da574
 def _order_of_pairs(x):
@@ -158,15 +158,17 @@ def token_loss(
 _PRIORS = ('output', 'wanda', 'magnitude', 'random') # scores that need no sub-model
 
 def _column_prior(prior, W, X):
-    "One prior score for every column of a second linear, from its weight (d, f) and inputs (tokens, f)."
-    if prior == 'magnitude': return X.abs().mean(0)
-    if prior == 'wanda': return W.abs().mean(0)*X.square().mean(0).sqrt()
-    return W.square().sum(0)*X.square().mean(0)
+    "One prior score for every column of a second linear, from its weight (d, f) and inputs, (tokens, f) each."
+    tokens = sum(map(len, X))
+    mean = lambda f: sum(f(x.float()).sum(0) for x in X)/tokens   # (f,)
+    if prior == 'magnitude': return mean(torch.Tensor.abs)
+    if prior == 'wanda': return W.abs().mean(0)*mean(torch.Tensor.square).sqrt()
+    return W.square().sum(0)*mean(torch.Tensor.square)
 
 # %% ../nbs/40_bonsai.ipynb #31da20ec
 def _unit_prior(prior, W, X, columns):
     "Score of every unit from a weight (d, f), its inputs (batch, seqlen, f) and the columns of each unit."
-    scores = _column_prior(prior, W.float(), torch.cat([x.flatten(0, -2) for x in X]).float())
+    scores = _column_prior(prior, W.float(), [x.flatten(0, -2) for x in X])
     per_unit = scores[columns.to(scores.device)].cpu().double()   # (units, columns of each)
     return per_unit.sum(1) if prior == 'output' else per_unit.mean(1)
 
@@ -365,37 +367,6 @@ def get(self:_EvaluationLog,
     raise ValueError(f'Evaluation {evaluation} of round {round} in {self.path} was of another sub-model, '
                      'as happens on another machine or version; delete it to begin anew.')
 
-# %% ../nbs/40_bonsai.ipynb #e74e4128
-class _Workers:
-    "The processes that share the evaluations: those of `torchrun`, or this one alone."
-    def __init__(self,
-        device, # where the model is
-    ):
-        self.rank, self.count = 0, 1
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-            from accelerate import PartialState
-            state = PartialState(cpu=torch.device(device).type == 'cpu')
-            self.rank, self.count = state.process_index, state.num_processes
-
-# %% ../nbs/40_bonsai.ipynb #d24b6091
-@patch
-def gather(self:_Workers,
-    values, # a list
-):
-    "The lists of all processes, one after the other."
-    if self.count == 1: return values
-    from accelerate.utils import gather_object
-    return gather_object(values)
-
-@patch
-def shared(self:_Workers,
-    value, # any picklable value; that of the first process counts
-):
-    "The value of the first process, in all of them."
-    if self.count == 1: return value
-    from accelerate.utils import broadcast_object_list
-    return broadcast_object_list([value])[0]
-
 # %% ../nbs/40_bonsai.ipynb #ec490457
 def _fingerprint(mask, ids):
     "12 hexadecimal digits of one evaluation."
@@ -417,26 +388,25 @@ def sub_model_losses(
     batch_size=8, # windows in a forward pass
     log=None, # log of evaluations to continue
     round=0, # number of the round in the log
-    workers=None, # processes that share the evaluations
     desc='sub-models', # label of the progress bar
 ):
     "Loss of every sub-model on its text, float64, (n,)."
     log = log or _EvaluationLog(None, {})
-    workers = workers or _Workers(model.device)
+    rank, count = processes()
     marks = [_fingerprint(m, t) for m, t in zip(masks, texts)]
-    found = workers.shared([log.get(round, i, m) for i, m in enumerate(marks)] if workers.rank == 0 else None)
+    found = from_first([log.get(round, i, m) for i, m in enumerate(marks)] if rank == 0 else None)
     todo = [i for i, loss in enumerate(found) if loss is None]
-    turns = [todo[i:i + workers.count] for i in range(0, len(todo), workers.count)]
-    quiet = dict(disable=True) if workers.rank else {}
+    turns = [todo[i:i + count] for i in range(0, len(todo), count)]
+    quiet = dict(disable=True) if rank else {}
     with tqdm(total=len(found), initial=len(found) - len(todo), desc=desc, leave=False, **quiet) as progress:
         for turn in turns:
             losses = []
-            for i in turn[workers.rank:workers.rank + 1]:  # one for each worker
+            for i in turn[rank:rank + 1]:                  # one for each process
                 with sub_model(model, table, masks[i]): loss = token_loss(model, texts[i], batch_size)
                 losses.append((i, loss))
-            for i, loss in workers.gather(losses):
+            for i, loss in gathered(losses):
                 found[i] = loss
-                if workers.rank == 0: log.add(round, i, marks[i], loss)
+                if rank == 0: log.add(round, i, marks[i], loss)
             progress.update(len(turn))
             progress.set_postfix_str(_best(masks, found))
     return torch.tensor(found, dtype=torch.float64)
@@ -679,10 +649,8 @@ class _Place:
     windows: Windows # calibration windows
     batch_size: int = 8 # windows in a forward pass
     log: _EvaluationLog = None # of the run
-    workers: _Workers = None # processes that share the evaluations
 
     def __post_init__(self):
-        self.workers = self.workers or _Workers(self.model.device)
         self.total = self.linears()                        # as it is at the beginning
 
     def linears(self): return n_parameters(decoder_linears(self.model).values())             # parameters now
@@ -700,7 +668,7 @@ def _evaluate(self:Bonsai, place, entry, share):
     start = time.process_time()
     runs = torch.cat([torch.zeros(n, len(prior), dtype=bool), masks])   # first the whole model on each set
     losses = sub_model_losses(place.model, table, runs, [*sets, *[sets[i] for i in which]], place.batch_size,
-                              place.log, number - 1, place.workers, f'Bonsai, round {number}')
+                              place.log, number - 1, f'Bonsai, round {number}')
     _check_usable(losses[:n], number, place.model.dtype)
     value = losses.exp() if self.target == 'perplexity' else losses
     rise, seconds = value[n:] - value[which], time.process_time() - start
@@ -773,7 +741,7 @@ def _round(self:Bonsai, place, table, removed, goal):
     seed = self.seed + len(self.history)
     read = Windows(place.windows.ids[:self.prior_windows], place.windows.source)
     prior = prior_scores(place.model, read, table, self.prior, place.batch_size, seed)
-    entry = dict(table=table, prior=place.workers.shared(prior), goal=goal)
+    entry = dict(table=table, prior=from_first(prior), goal=goal)
     self.history.append(entry)
     if self.estimator == 'prior':
         scores = chosen = entry['prior']
@@ -796,9 +764,9 @@ def _table(self:Bonsai, model):
     return self.table(model, tuple(k for k in self.units if not UNITS[k].refusal(shapes)))
 
 @patch
-def _log(self:Bonsai, ctx, workers):
+def _log(self:Bonsai, ctx):
     "The log of evaluations, of this very run; the repair may differ."
-    if workers.rank or not ctx.run.log: return _EvaluationLog(None, {})
+    if not ctx.run.log or processes()[0]: return _EvaluationLog(None, {})
     settings = {k: v for k, v in self.settings().items() if k not in ('restore', 'damp', 'towards', 'ridge')}
     header = run_key(ctx.source, ctx.windows, sparsity=ctx.sparsity, settings=settings)
     return _EvaluationLog(ctx.run.log, header)
@@ -809,8 +777,7 @@ def _log(self:Bonsai, ctx, workers):
 def _rounds(self:Bonsai, ctx, model):
     "Slice `model` round by round; kept units and scores by coupling name."
     self.history, removed = [], 0.
-    workers = _Workers(model.device)
-    place = _Place(model, ctx.windows, ctx.run.batch_size, self._log(ctx, workers), workers)
+    place = _Place(model, ctx.windows, ctx.run.batch_size, self._log(ctx))
     table = self.table(model)
     alive = {c.name: torch.arange(c.n_units) for c in table}
     scores = {c.name: torch.zeros(c.n_units, dtype=torch.float64) for c in table}

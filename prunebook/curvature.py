@@ -10,7 +10,6 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
-from torch import distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
@@ -18,7 +17,7 @@ from . import estimate as est
 from .couplings import anatomy, weight_of
 from .models import decoder_linears
 from .plan import check_numbers
-from .walk import gram, replaced
+from .walk import gram, processes, replaced, summed
 
 # %% ../nbs/50_curvature.ipynb #3ab72138
 def optimal_removal(
@@ -148,12 +147,6 @@ def _checkpointed(model):
         return layer, lambda *args, **kw: recompute(forward, *args, use_reentrant=False, **kw)
     return [pair(model.get_submodule(b.name)) for b in anatomy(model)]
 
-# %% ../nbs/50_curvature.ipynb #1e6bf31f
-def _world():
-    "Rank of this process, and how many there are."
-    if not (distributed.is_available() and distributed.is_initialized()): return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
 # %% ../nbs/50_curvature.ipynb #144aa113
 def _checked_names(model, windows, names):
     "Names of the linears that are asked for. Raises `ValueError` for what cannot be measured."
@@ -167,11 +160,10 @@ def _checked_names(model, windows, names):
     return names
 
 # %% ../nbs/50_curvature.ipynb #18df2b18
-def _to_means(sums, tokens, world, dtype):
+def _to_means(sums, tokens, dtype):
     "Divide the sums of all processes by the number of tokens, in place."
     for (kind, name), S in sums.items():
-        if world > 1: distributed.all_reduce(S)
-        S /= tokens
+        summed(S).div_(tokens)
         what = 'inputs' if kind == 'A' else 'gradients at the outputs'
         check_numbers(S, f'{what} of {name}', dtype)
 
@@ -198,13 +190,13 @@ def curvature(
     names = _checked_names(model, windows, names)
     leaders = input_leaders(model, names)
     sums = _zeros(model, names, store, dtype)
-    rank, world = _world()
+    rank, world = processes()
     def add(kind, name, x): sums[kind, name] += gram([x]).to(sums[kind, name])
     blocks = _checkpointed(model) if checkpoint else []
     with _listening(model, leaders, add) as state, replaced(blocks):
         for ids in tqdm(windows.ids[rank::world].split(batch_size), desc=desc, leave=False):
             if len(ids): _pass(model, ids.to(model.device), state)
-    _to_means(sums, len(windows)*(windows.seqlen - 1), world, model.dtype)
+    _to_means(sums, len(windows)*(windows.seqlen - 1), model.dtype)
     _warn_of_zeros(model, leaders, sums)
     return {n: Factors(sums['A', leaders[n]], sums['G', n]) for n in names}
 

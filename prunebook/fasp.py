@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from fastcore.basics import patch
 from . import estimate as est
-from .methods import Method
+from .methods import Method, Needs
 
 # %% ../nbs/20_fasp.ipynb #3c2eecc7
 def column_scores(
@@ -38,6 +38,8 @@ class FASP(Method):
     PUBLISHED = {'published': dict(units=('value_channel', 'mlp_channel'), damp=1e-4, towards='zero', ridge='mean')}
     restore: bool = True # re-fit the kept columns
     ridge: Literal['mean', 'own'] = 'own' # `damp` is a fraction of each channel's own power
+
+    needs = Needs(shared=True)
 
     def score(self, v): return v.per_unit(column_scores(v.weight, v.gram))
 

@@ -125,6 +125,7 @@ class Needs:
     dense: Literal['outputs', 'stream'] | None = None # outputs of the dense model, or what would bring its stream back
     everywhere: bool = False # repair second linears that lose nothing, too
     whole_model: str = '' # why it needs the weights of all blocks at once; empty if it does not
+    shared: bool = False # processes may share out the windows: sums over tokens come from `Visit.gram` and `Visit.aimed` alone
 
 # %% ../nbs/06_methods.ipynb #3cd03a60
 METHODS = {} # method classes by name, filled as their modules are imported

@@ -465,8 +465,9 @@ def _small_model_folder():
 
 # %% ../nbs/00_models.ipynb #11c30288
 def default_device():
-    "`cuda` if there is a GPU, else `cpu`."
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    "`cuda` if there is a GPU (under `torchrun` the one of this process), else `cpu`."
+    if not torch.cuda.is_available(): return torch.device('cpu')
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', torch.cuda.current_device())))
 
 # %% ../nbs/00_models.ipynb #d3e71ca3
 def default_dtype(
@@ -530,8 +531,8 @@ def auto_classes(
     every = AutoModelForCausalLM, AutoModelForImageTextToText
     return [c for c in every if type(config) in c._model_mapping] or [AutoModelForCausalLM]
 
-def _load(path, dtype, trust, verify):
-    "Model and tokenizer of a folder or hub id."
+def _load(path, dtype, trust, verify, device):
+    "Model and tokenizer of a folder or hub id; on a GPU tensor by tensor, without a copy in memory first."
     from transformers import AutoConfig, AutoTokenizer
     from prunebook.load import is_ours, load_ours
     from prunebook.save import check_loaded
@@ -539,6 +540,7 @@ def _load(path, dtype, trust, verify):
     if os.path.isdir(path) and is_ours(path):
         return load_ours(path, dtype, verify), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     options = dict(dtype=dtype, trust_remote_code=trust, output_loading_info=True)
+    if device.type == 'cuda': options['device_map'] = {'': device}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
@@ -570,7 +572,7 @@ def load_model(
     small = name_or_path == 'smollm2-135m'
     path = _small_model_folder() if small else name_or_path    # the small one has just been verified
     with readable(name_or_path):
-        model, tokenizer = _load(path, dtype or default_dtype(device), trust_remote_code, verify=not small)
+        model, tokenizer = _load(path, dtype or default_dtype(device), trust_remote_code, not small, device)
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/00_models.ipynb #6e9b7605

@@ -6,7 +6,7 @@
 __all__ = ['Recipe']
 
 # %% ../nbs/70_recipe.ipynb #e0d50626
-import json
+import itertools, json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,10 +20,10 @@ from .fasp import column_scores
 from .methods import Method, Needs, setting
 from .plan import bundles, check_numbers, check_type, global_steps, keep_after, write_atomic
 from .repair import as_double
-from .stream import column_basis, run_key
+from .stream import in_basis, run_key
 from .surgeon import remove_rows, row_costs
 from .text import Windows
-from .walk import logits_after, record_calls, replaced, through
+from .walk import gathered, logits_after, record_calls, replaced, through
 
 # %% ../nbs/70_recipe.ipynb #fea84ddf
 @torch.no_grad()
@@ -183,7 +183,7 @@ class Recipe(Method):
     def needs(self):
         aims = self.restore and self.trust != 0
         gradients = 'takes gradients through the whole model' if self.allocation == 'curvature' else ''
-        return Needs(dense='stream' if aims else None, everywhere=aims, whole_model=gradients)
+        return Needs(dense='stream' if aims else None, everywhere=aims, whole_model=gradients, shared=True)
 
     def only_slices(self): return not (self.restore or self.turn)
     def score(self, v): return self._scored(v)
@@ -243,21 +243,23 @@ def _scored(self:Recipe, v):
 # %% ../nbs/70_recipe.ipynb #fd0c74b0
 @patch
 def _seen(self:Recipe, v):
-    "Weight and second moments in the basis in which units leave, and that basis for the columns; None if it is the one as trained."
+    "Weight and second moments in the basis in which units leave, and the way back for a weight; None if it is the basis as trained."
     if not self._turns(v): return v.weight, v.gram, None
-    B = column_basis(_own_basis(v)[0], v.stage.block.heads)
-    return as_double(v.weight) @ torch.linalg.inv(B), B @ as_double(v.gram) @ B.T, B
+    R, turned = _own_basis(v)[0], lambda R, M: in_basis(R, M, v.stage.block.heads)
+    W = turned(torch.linalg.inv(R).mT, as_double(v.weight).T).T
+    return W, turned(R, turned(R, as_double(v.gram)).T), lambda E: turned(R.mT, E.T).T
 
 @patch
-def _trials(self:Recipe, v):
-    "Yield how many bundles leave at each probe, and the second linear's weight without them, (d, f)."
-    scores, ridge, (W, C, B) = self._scored(v), self.ridge_for(v.tokens), self._seen(v)
+def _trials(self:Recipe, v, wanted=lambda: True):
+    "Yield how many bundles leave at each probe that is `wanted`, and the second linear's weight without them, (d, f)."
+    scores, ridge, (W, C, back) = self._scored(v), self.ridge_for(v.tokens), self._seen(v)
     n = v.coupling.n_units//v.coupling.groups
     counts = {min(max(1, int(s*n)), n - 1) for s in self.shares}
     for k in sorted(counts - {0}):                         # of a single unit nothing can leave
+        if not wanted(): continue
         keep = v.columns(keep_after(v.coupling, scores, k))
-        E = _emptied(W, keep, ridge.restore(W, C, keep) if self.restore else W[:, keep])
-        yield k, (E if B is None else E @ B).to(v.weight)
+        E = _emptied(W, keep, ridge.restore(W, C, keep, ridge.precision(v.weight)) if self.restore else W[:, keep])
+        yield k, (E if back is None else back(E)).to(v.weight)
 
 # %% ../nbs/70_recipe.ipynb #rec9745b
 @patch
@@ -277,12 +279,15 @@ def _probes(self:Recipe,
     "Probes of every coupling by name: pairs of bundles that left and divergence. Raises `ValueError` for one that is not finite."
     fits, ids = self._split(ctx.windows)
     riders, found = _Riders(ctx.source, ids), {c.name: [] for c in ctx.table}
-    for v in replace(ctx, windows=fits).look(Needs(everywhere=True), 'probing'):
+    (rank, count), number = ctx.processes, itertools.count()
+    own = lambda: next(number) % count == rank             # each process takes its part of the probes
+    for v in replace(ctx, windows=fits).look(Needs(everywhere=True, shared=True), 'probing'):
         if v.part == 'attention': riders.step(v.model.get_submodule(v.stage.block.name), v.layer)
         if v.coupling is None: continue
         second = v.model.get_submodule(v.second)
-        for k, W in self._trials(v): riders.start((v.coupling.name, k), second, W)
-    for (name, k), d in riders.divergences().items():
+        for k, W in self._trials(v, own): riders.start((v.coupling.name, k), second, W)
+    measured = [*riders.divergences().items()]
+    for (name, k), d in sorted(gathered(measured) if count > 1 else measured):
         check_numbers(torch.tensor(d), f'divergence without {k} units of {name}', ctx.model.dtype)
         found[name].append((k, d))
     return found
@@ -318,7 +323,7 @@ def _kept_probes(self:Recipe, ctx):
     key = self._probe_key(ctx)
     if Path(file).exists(): return _read_probes(file, key, ctx.table)
     found = self._probes(ctx)
-    write_atomic(file, json.dumps(dict(key=key, probes=found), allow_nan=False))
+    if ctx.processes[0] == 0: write_atomic(file, json.dumps(dict(key=key, probes=found), allow_nan=False))
     return found
 
 # %% ../nbs/70_recipe.ipynb #bde8dd2b

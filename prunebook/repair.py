@@ -118,6 +118,14 @@ def solve(self: Ridge,
 WEAK_RIDGE = 1e-3 # below this damping, fits are solved in float64
 
 @patch
+def precision(self: Ridge,
+    W, # weight that is fitted
+):
+    "What a fit is solved in: float64 for float64 weights, a ridge below `WEAK_RIDGE` or towards zero, else float32."
+    double = W.dtype == torch.float64 or self.damp < WEAK_RIDGE or self.towards == 'zero'
+    return torch.float64 if double else torch.float32
+
+@patch
 def restore(self: Ridge,
     W, # weight of the second linear, (d, f)
     C, # second moments of its inputs, symmetric, (f, f)
@@ -131,9 +139,7 @@ def restore(self: Ridge,
     if self.towards == 'zero':
         outputs = as_double(C[keep]) @ as_double(W).T
         return _solve(self, kept, outputs, None, torch.float64).T.to(W)
-    if dtype is None:
-        double = W.dtype == torch.float64 or self.damp < WEAK_RIDGE
-        dtype = torch.float64 if double else torch.float32
+    if dtype is None: dtype = self.precision(W)
     gone[keep] = False
     gone = gone.nonzero()[:, 0]
     lost = _as(C[keep[:, None], gone], dtype) @ _as(W[:, gone.to(W.device)], dtype).T        # (m, d)

@@ -23,6 +23,7 @@ from .models import auto_classes, blocks
 # %% ../nbs/05a_sources.ipynb #f2fba223
 class InMemory:
     "Blocks of a model that is in memory as a whole."
+    shares = True # each of several processes has them all, so that text can be shared out
     def __init__(self,
         model, # a causal language model of `transformers`
         device=None, # each block visits this device while it is open; by default blocks stay where they are
@@ -197,6 +198,13 @@ class _DiskList:
             raise OSError(f'A temporary file in {self.folder} was cut short.')
         return x
 
+    def __setitem__(self, i, x):
+        place, dtype, shape = self.places[i]
+        if (x.dtype, x.shape) != (dtype, shape): raise ValueError(f'{x.dtype} {tuple(x.shape)} is not what was there.')
+        self.file.seek(place)
+        self.file.write(_raw(x))
+        self.file.flush()
+
     def clear(self):
         self.places.clear()
         self.file.truncate(0)
@@ -264,6 +272,7 @@ def _checked(name, value, shape):
 # %% ../nbs/05a_sources.ipynb #aaf54c3e
 class OnDisk:
     "Blocks of a checkpoint folder: read when opened, written to another folder when closed, and dropped."
+    shares = False # one process reads and writes
     def __init__(self,
         folder, # folder of a checkpoint in the format safetensors
         out=None, # folder for finished blocks, and for what waits; None: blocks are dropped as they were

@@ -26,6 +26,7 @@ from .repair import Ridge, as_double, double_device
 from .scores import module_names, with_bias
 from .stream import run_key
 from .text import Windows
+from .walk import processes
 
 # %% ../nbs/52_surgeon.ipynb #20252c12
 def row_costs(
@@ -609,7 +610,8 @@ def run(self:Surgeon, ctx):
     for i in tqdm(range(done, self.shots), desc='shots', initial=done, total=self.shots, leave=False):
         target = total*(1 - ctx.sparsity*(i + 1)/self.shots)
         if ctx.linears() > target: _composed(kept, scores, *self.shot(ctx, parts[i%len(parts)], target))
-        if ctx.run.log: _save_state(ctx.run.log, key, ctx.model, done=i + 1, kept=kept, scores=scores)
+        if ctx.run.log and processes()[0] == 0:
+            _save_state(ctx.run.log, key, ctx.model, done=i + 1, kept=kept, scores=scores)
     return kept, scores
 
 # %% ../nbs/52_surgeon.ipynb #p52c0002

@@ -8,12 +8,21 @@
 It refuses what CUDA refuses: tensors of two devices in one operation, with CUDA's two exceptions (numbers without dimensions,
 and indices that lie on the CPU), and `.numpy()` of a tensor on the device. It counts what CUDA hides: waiting for the device
 (`.item()`, copies to the CPU, indexing by a mask), bytes moved from and to the host, and the bytes alive on each device, with
-their peak. It does not know streams, kernels or time; a device of this kind is never faster or slower than the CPU.
+their peak with the lines that hold it. It does not know streams or kernels.
+
+    with FakeGPU(dry=True) as gpu:
+        gpu.place(model_on_meta)
+        ...
+    gpu.flops, gpu.seconds(A6000)
+
+A dry one holds no numbers: tensors on the device have shapes alone, so that a model of any size fits, and what comes back to the CPU is made up.
+It also counts floating point operations by kind and precision, and bytes that operations read and write; a roofline turns them into seconds.
 
 The device is PyTorch's spare one, PrivateUse1, under the name `gpu`. Importing this module registers it for the whole process.
 """
 import collections
 import contextlib
+import math
 import os
 import sys
 import weakref
@@ -60,6 +69,15 @@ def placed(d):
 
 
 def n_bytes(t): return t.numel()*t.element_size()
+
+
+def location():
+    "A function that says where in prunebook a tensor was made; quick, because it is asked of every tensor."
+    frame = sys._getframe(1)
+    while frame is not None and '/prunebook/' not in frame.f_code.co_filename: frame = frame.f_back
+    if frame is None: return lambda: 'elsewhere'
+    name, line = frame.f_code.co_filename, frame.f_lineno
+    return lambda: f'{os.path.basename(name)}:{line}'
 
 
 def where():
@@ -135,6 +153,39 @@ class Generator(torch.Generator):
 torch_generator = torch.Generator
 
 
+# ---- operations
+
+VIEWS = {'view', 't', 'transpose', 'slice', 'select', 'unsqueeze', 'squeeze', 'expand', 'permute', 'detach', 'alias', '_unsafe_view', 'split',
+         'split_with_sizes', 'unbind', 'as_strided', 'diagonal', 'unfold', '_reshape_alias', 'lift_fresh'}
+
+
+PRODUCTS = dict(mm=lambda a, b: 2*math.prod(a)*b[-1], bmm=lambda a, b: 2*math.prod(a)*b[-1], mv=lambda a, b: 2*math.prod(a),
+                addmm=lambda c, a, b: 2*math.prod(a)*b[-1], baddbmm=lambda c, a, b: 2*math.prod(a)*b[-1])
+SOLVERS = dict(linalg_cholesky_ex=lambda a: math.prod(a)*a[-1]/3, cholesky_inverse=lambda a: 2*a[-1]**3/3, linalg_inv_ex=lambda a: 2*math.prod(a)*a[-1],
+               linalg_solve_triangular=lambda a, b: math.prod(b)*a[-1], _linalg_solve_ex=lambda a, b: 2*math.prod(a)*a[-1]/3 + 2*math.prod(b)*a[-1],
+               _linalg_eigh=lambda a: 9*math.prod(a)*a[-1], _linalg_svd=lambda a: 20*math.prod(a)*min(a[-2:]))
+
+
+def flops(name, tensors):
+    "Kind and floating point operations of an operation."
+    for kind, known in (('product', PRODUCTS), ('solver', SOLVERS)):
+        if name in known: return kind, known[name](*[tuple(t.shape) for t in tensors][:known[name].__code__.co_argcount])
+    return 'memory', 0
+
+
+def precision(kind, tensors):
+    "What it is computed in; products of float32 in TF32 where PyTorch is told so."
+    dtype = next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
+    if kind == 'product' and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32': return 'tf32'
+    return {torch.float64: 'f64', torch.bfloat16: 'f16', torch.float16: 'f16'}.get(dtype, 'f32')
+
+
+# TFLOP/s without sparsity, GB/s of the memory, and what is reached of them
+A6000 = dict(f16=154.8, tf32=77.4, f32=38.7, f64=.605, memory=768)
+REACHED = dict(product=.65, solver=.4, memory=.75)
+LAUNCH = 4e-6  # seconds of a kernel that does nothing
+
+
 WAITS = {'nonzero', 'masked_select', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount', '_local_scalar_dense', 'is_nonzero', 'equal'}
 INDEXING = {'index', 'index_put', 'index_put_', '_index_put_impl_'}
 
@@ -143,14 +194,16 @@ class FakeGPU(TorchDispatchMode):
     "Context manager in which `gpu:0` to `gpu:3` exist; `strict` raises for mixed devices, otherwise they are only counted."
     current = None
 
-    def __init__(self, strict=True):
+    def __init__(self, strict=True, dry=False):
         super().__init__()
-        self.strict = strict
+        self.strict, self.dry = strict, dry
         self.mixed = collections.Counter()  # operations on tensors of two devices, by line
         self.syncs = collections.Counter()  # times the host waits for the device, by line and reason
         self.to_device, self.to_host = collections.Counter(), collections.Counter()  # bytes moved, by line
         self.alive, self.peak = collections.Counter(), collections.Counter()  # bytes, by device
-        self._storages = {}  # (storage, device index) -> [tensors, bytes]
+        self.work = collections.Counter()  # operations that were run, by kind, precision, flops, and bytes read and written
+        self._storages = {}  # (storage, device index) -> [tensors, bytes, line]
+        self._at_peak = {}
 
     def __enter__(self):
         FakeGPU.current = self
@@ -199,6 +252,10 @@ class FakeGPU(TorchDispatchMode):
             if not isinstance(q, GPUTensor): return old(q, k, v, attn_mask=attn_mask, **plain, **kw)
             self._check('scaled_dot_product_attention', [t for t in (q, k, v, attn_mask) if t is not None])
             if torch.is_grad_enabled() and q.requires_grad: return _attention_by_hand(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+            if self.dry:
+                seen = math.prod(q.shape)*k.shape[2]*(1/2 if is_causal else 1)
+                out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device='meta')
+                return self._wrap(self._counted('product', [q, k, v], 4*seen, [out]), q.device)
             with torch._C._DisableTorchDispatch():
                 out = old(q.inner, k.inner, v.inner, attn_mask=None if attn_mask is None else attn_mask.inner, **plain)
             return self._wrap(out, q.device)
@@ -221,9 +278,9 @@ class FakeGPU(TorchDispatchMode):
         t, storage = GPUTensor(inner, where), inner.untyped_storage()
         key, name = (storage._cdata, where.index), str(where)
         if key not in self._storages:
-            self._storages[key] = [0, storage.nbytes()]
+            self._storages[key] = [0, storage.nbytes(), location()]
             self.alive[name] += storage.nbytes()
-            self.peak[name] = max(self.peak[name], self.alive[name])
+            if self.alive[name] > self.peak[name]: self._new_peak(name, where.index)
         self._storages[key][0] += 1
         weakref.finalize(t, self._forget, key, name).atexit = False
         return t
@@ -231,6 +288,51 @@ class FakeGPU(TorchDispatchMode):
     def _forget(self, key, name):
         self._storages[key][0] -= 1
         if not self._storages[key][0]: self.alive[name] -= self._storages.pop(key)[1]
+
+    def _new_peak(self, name, index):
+        "Remember what is alive, where the peak is a hundredth above the last one that was remembered."
+        self.peak[name] = self.alive[name]
+        if self.peak[name] < 1.01*self._at_peak.get(name, (0,))[0]: return
+        self._at_peak[name] = self.peak[name], [(line, n) for (_, i), (_, n, line) in self._storages.items() if i == index]
+
+    def held(self, name='gpu:0'):
+        "Bytes that were alive near the peak, by the line that made them."
+        lines = collections.Counter()
+        for line, n in self._at_peak[name][1]: lines[line()] += n
+        return lines
+
+    def begin(self):
+        "Forget what was counted; the peak starts from what is alive."
+        for c in (self.mixed, self.syncs, self.to_device, self.to_host, self.work, self._at_peak): c.clear()
+        self.peak = self.alive.copy()
+
+    def place(self, model, where='gpu:0'):
+        "Put a model that is on `meta` on a dry device."
+        for m in model.modules():
+            for of in (m._parameters, m._buffers):
+                for n, t in of.items():
+                    if t is None: continue
+                    new = self._wrap(t.detach(), torch.device(where))
+                    of[n] = torch.nn.Parameter(new, t.requires_grad) if isinstance(t, torch.nn.Parameter) else new
+        return model
+
+    def _counted(self, kind, tensors, operations, results):
+        "Count an operation; its first result."
+        self.work[kind, precision(kind, tensors), operations, sum(map(n_bytes, tensors)) + sum(map(n_bytes, results))] += 1
+        return results[0] if results else None
+
+    def flops(self):
+        "Floating point operations by precision."
+        total = collections.Counter()
+        for (_, p, n, _), times in self.work.items(): total[p] += n*times
+        return total
+
+    def seconds(self, card=A6000):
+        "By kind and precision, what a card needs: as long as it computes, or as its memory reads and writes."
+        total = collections.Counter()
+        for (kind, p, n, moved), times in self.work.items():
+            total[kind, p] += times*(LAUNCH + max(n/(card[p]*1e12*REACHED[kind]), moved/(card['memory']*1e9*REACHED['memory'])))
+        return total
 
     # ---- dispatch
 
@@ -245,16 +347,33 @@ class FakeGPU(TorchDispatchMode):
         if name == '_to_copy': return self._copy(func, args[0], kwargs)
         if name == 'copy_': return self._copy_into(*args[:2])
         if name in WAITS: self._wait(name)
+        if self.dry and name in ('_local_scalar_dense', 'is_nonzero', 'equal') and ours[0].inner.is_meta: return made_up(args[0], name)
         if name in INDEXING: self._check_index(name, args)
         else: self._check(name, tensors)
         target = torch.device(wanted) if wanted is not None else args[0].device if name in INDEXING else ours[0].device
         check_generator(name, target, kwargs.get('generator'))
         inner = lambda t: t.inner if isinstance(t, GPUTensor) else t
         kw = {k: torch.device('cpu') if k == 'device' and v is not None else v for k, v in kwargs.items() if k != 'pin_memory'}
-        out = func(*tree_map(inner, args), **tree_map(inner, kw))
+        run = self._run_dry if self.dry else lambda func, args, kw: func(*args, **kw)
+        out = run(func, tree_map(inner, args), tree_map(inner, kw))
+        if self.dry and name not in VIEWS:
+            read = [t for t in tensors if t.is_floating_point()] or tensors
+            self._counted(*(lambda kind, n: (kind, read, n))(*flops(name, read)), [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
         if func._schema.is_mutable and func._schema.returns: return self._mutated(func, args, kwargs, out)
         if not is_gpu(target): return out
         return tree_map(lambda t: self._wrap(t, placed(target)) if isinstance(t, torch.Tensor) else t, out)
+
+    def _run_dry(self, func, args, kw):
+        "On `meta`; indices and masks are real, as long as nothing but them is read."
+        tensors = [t for t in tree_leaves((args, kw)) if isinstance(t, torch.Tensor)]
+        known = not any(t.is_meta or t.is_floating_point() for t in tensors)
+        if tensors and known: return func(*args, **kw)
+        if func._schema.is_mutable:                            # a number that says how it went says that it went well
+            for t in tensors:
+                if not (t.is_meta or t.is_floating_point() or t.ndim): t.zero_()
+        dry = lambda t: t.to('meta') if isinstance(t, torch.Tensor) else torch.device('meta') if isinstance(t, torch.device) else t
+        out = func(*tree_map(dry, args), **tree_map(dry, kw))
+        return out if tensors or out.is_floating_point() else func(*args, **kw)
 
     def _mutated(self, func, args, kwargs, out):
         "In-place operations return what they were given."
@@ -265,7 +384,11 @@ class FakeGPU(TorchDispatchMode):
     def _copy(self, func, source, kwargs):
         target = torch.device(kwargs['device']) if kwargs.get('device') is not None else source.device
         kw = {k: v for k, v in kwargs.items() if k not in ('device', 'pin_memory', 'non_blocking')}
-        out = func(source.inner if isinstance(source, GPUTensor) else source, **kw)
+        data = source.inner if isinstance(source, GPUTensor) else source
+        if target.type == 'meta': return data.to('meta')
+        if self.dry: data = self._dry_copy(data, is_gpu(target), kw.get('dtype', data.dtype))
+        out = func(data, **kw)
+        if self.dry and is_gpu(target): self._counted('memory', [source], 0, [out])
         if is_gpu(target):
             if not isinstance(source, GPUTensor): self.to_device[where()] += n_bytes(source)
             return self._wrap(out, placed(target))
@@ -273,12 +396,21 @@ class FakeGPU(TorchDispatchMode):
         self._wait('copy to the CPU')
         return out
 
+    def _dry_copy(self, data, stays, dtype):
+        "What to copy: numbers do not go to a dry device, and are made up on the way back."
+        if not stays: return made_up(data) if data.is_meta else data
+        return data.to('meta') if dtype.is_floating_point else data
+
     def _copy_into(self, target, source):
         ours = isinstance(target, GPUTensor), isinstance(source, GPUTensor)
         if ours == (True, False): self.to_device[where()] += n_bytes(source)
         if ours == (False, True):
             self.to_host[where()] += n_bytes(source)
             self._wait('copy to the CPU')
+        if self.dry:
+            self._counted('memory', [target, source], 0, [])
+            if not ours[0]: target.copy_(made_up(source.inner) if source.inner.is_meta else source.inner)
+            return target
         (target.inner if ours[0] else target).copy_(source.inner if ours[1] else source)
         return target
 
@@ -290,6 +422,15 @@ class FakeGPU(TorchDispatchMode):
         if isinstance(base, GPUTensor) and len(ours) < len(indices): self._wait('index from the CPU')
         values = [t.device for t in args[2:3] if isinstance(t, torch.Tensor) and t.ndim]
         self._check(name, (), {base.device, *(i.device for i in ours), *values})
+
+
+def made_up(t, name='copy'):
+    "What comes back from a dry device: numbers of the right shape."
+    if name == 'equal' or name == 'is_nonzero': return True
+    if t.dtype == torch.bool: found = torch.ones(t.shape, dtype=torch.bool)
+    elif t.dtype.is_floating_point: found = torch.rand(t.shape).to(t.dtype)
+    else: found = torch.zeros(t.shape, dtype=t.dtype) if t.ndim == 0 else torch.arange(t.shape[-1], dtype=t.dtype).expand(t.shape).clone()
+    return found if name == 'copy' else found.item()
 
 
 def check_generator(name, target, generator):

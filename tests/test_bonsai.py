@@ -457,7 +457,7 @@ slow, f = float(sys.argv[3]), b.token_loss
 b.token_loss = lambda *a: (time.sleep(slow), f(*a))[1]
 w = Windows(torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0)), 'random')
 small, plan = prune(tiny_model('llama'), w, b.Bonsai(units=('mlp_channel', 'kv_group'), evaluations=16, step=.1, windows=2, seqlen=16), .2, run=Run(log=sys.argv[1] or None))
-if b._Workers('cpu').rank == 0: plan.save(sys.argv[2])
+if b.processes()[0] == 0: plan.save(sys.argv[2])
 '''
 
 

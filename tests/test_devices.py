@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from fake_gpu import FakeGPU, device
 from helpers import tiny_model
+from prunebook import models
 from prunebook.methods import Run, configured
 from prunebook.pruning import prune
 from prunebook.models import blocks
 from prunebook.text import Windows
+from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
 VALUES, GROUPS = ('value_channel', 'mlp_channel'), ('kv_group', 'mlp_channel')
@@ -61,7 +63,7 @@ def on_the_cpu(i, family):
 
 
 @pytest.mark.parametrize('place', PLACES)
-@pytest.mark.parametrize('case, family', runs(), ids=lambda x: x if isinstance(x, str) else name(x))
+@pytest.mark.parametrize('case, family', list(runs()), ids=lambda x: x if isinstance(x, str) else name(x))
 def test_as_on_the_cpu(case, family, place):
     kept, logits = on_the_cpu(CASES.index(case), family)
     run = Run(**dict(*case[2:]), device='gpu:0' if place == 'visited' else None)
@@ -70,6 +72,46 @@ def test_as_on_the_cpu(case, family, place):
         with torch.no_grad(): found = small(TEXT.ids[:2].to(small.device)).logits.cpu()
     assert plan.kept == kept
     assert (found - logits).abs().max() <= 1e-4*logits.abs().max()
+
+
+def folder_of(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('case', CASES, ids=name)
+def test_streamed_from_disk(case, tmp_path):
+    "Blocks open on the device; a method that needs the whole model says so before it starts."
+    i, method = CASES.index(case), configured(*case[:2])
+    source, run = folder_of(tiny_model('llama'), tmp_path/'dense'), Run(**dict(*case[2:]), device='gpu:0', out=str(tmp_path/'small'))
+    with FakeGPU(strict=True):
+        if method.needs.whole_model:
+            with pytest.raises(ValueError, match='cannot be streamed; prune it in memory'): prune(source, TEXT, method, .2, run=run)
+            assert [p.name for p in tmp_path.iterdir()] == ['dense']
+            return
+        _, plan = prune(source, TEXT, method, .2, run=run)
+    assert plan.kept == on_the_cpu(i, 'llama')[0]
+
+
+def test_offloaded_weights_are_refused_at_once():
+    with pytest.raises(ValueError, match=r'offloaded.*Run\(device'): prune(cpu_offload(tiny_model('llama'), 'cpu'), TEXT, 'fasp', .2)
+
+
+def test_a_model_is_read_onto_a_gpu_without_a_copy_in_memory(tmp_path, tiny_tokenizer, monkeypatch):
+    "The reader is told the place; here the CPU plays the GPU, so that it also reads."
+    dense, asked, read = tiny_model('llama'), [], AutoModelForCausalLM.from_pretrained
+    dense.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    def told(path, **options):
+        asked.append(options.get('device_map'))
+        return read(path, **{**options, 'device_map': {'': 'cpu'}})
+    monkeypatch.setattr(AutoModelForCausalLM, 'from_pretrained', told)
+    for device in ('cuda', 'cuda:1', 'cpu'):
+        model, _ = models._load(tmp_path, torch.float32, False, True, torch.device(device))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+        small, _ = prune(model, TEXT, 'fasp', .2)           # such a model is like any other
+        with torch.no_grad(): assert small(TEXT.ids[:1]).logits.isfinite().all()
+    assert asked == [{'': torch.device('cuda')}, {'': torch.device('cuda:1')}, None]
 
 
 # ---- the pretended accelerator itself: what CUDA refuses, what it allows, and what is counted

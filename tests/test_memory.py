@@ -124,7 +124,7 @@ def test_the_dense_model_goes_ahead_when_inputs_are_gone():
     source, twin = Watched(m, (96, 80)), Watched(tiny_model('llama', hidden_size=48, head_dim=16, intermediate_size=80), (96, 80))
     twin.seen, twin.left = source.seen, source.left
     for _ in walk_both(source, random_tokens(m, n=4, seqlen=8), twin): pass
-    assert source.left == [0]*12
+    assert source.left == [0]*9                            # the dense MLP is computed batch by batch, and its inputs are not collected
 
 
 def test_a_look_at_weights_copies_nothing():
