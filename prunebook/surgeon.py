@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from . import estimate as est
 from .couplings import couplings, slice_units, weight_of
-from .curvature import curvature, curvature_work
+from .curvature import curvature, curvature_work, factor_rows
 from .evaluate import window_losses
 from .methods import TOKENS_PER_COLUMN, Method, Needs, Run, setting
 from .models import blocks, decoder_linears, n_parameters
