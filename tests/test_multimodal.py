@@ -6,7 +6,7 @@ import torch
 import transformers
 from prunebook.cli import main
 from prunebook.conform import check_method, check_saved, check_streamed, check_walk, check_writes, combinations, conforms, padded_logits, random_kept
-from prunebook.couplings import anatomy, kinds_of, masked, slice_units
+from prunebook.couplings import FAMILIES, anatomy, kinds_of, masked, slice_units
 from prunebook.methods import check_prunable, configured
 from prunebook.models import blocks, decoder_linears, load_model, text_config
 from prunebook.save import save_pruned
@@ -22,6 +22,8 @@ KINDS = {                                                  # the class, the entr
                               mm_tokens_per_image=4, image_token_index=96, boi_token_index=95, eoi_token_index=94), 'model.language_model.layers'),
     'llava': ('Llava', dict(text_config=dict(TEXT, model_type='llama'), vision_config=dict(EYES, model_type='clip_vision_model', projection_dim=16), image_token_index=96),
               'model.language_model.layers'),
+    'mistral3': ('Mistral3', dict(text_config=dict(TEXT, model_type='mistral'), vision_config=dict(EYES, model_type='pixtral', head_dim=8), image_token_index=96),
+                 'model.language_model.layers'),
     'idefics3': ('Idefics3', dict(text_config=dict(TEXT, model_type='llama'), vision_config=EYES, image_token_id=96), 'model.text_model.layers'),
     'qwen2_5_vl': ('Qwen2_5_VL', dict(text_config={**{k: v for k, v in TEXT.items() if k != 'head_dim'}, 'rope_parameters': dict(MROPE, mrope_section=[1, 1, 0])},
                    vision_config=dict(depth=3, hidden_size=16, intermediate_size=20, num_heads=2, out_hidden_size=24, fullatt_block_indexes=[1])), 'model.language_model.layers'),
@@ -39,6 +41,10 @@ def build(kind, seed=0):
     with torch.no_grad():
         for n, p in model.named_parameters(): p.normal_(1. if 'norm' in n and p.ndim == 1 else 0., .2)
     return model
+
+
+def test_every_family_of_such_a_decoder_is_here():
+    assert {f for f in FAMILIES if f.endswith('_vl_text')} <= {text_config(build(k)).model_type for k in KINDS}
 
 
 @pytest.fixture(scope='module', params=KINDS)

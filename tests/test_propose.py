@@ -109,7 +109,7 @@ def test_inspect_proposes(tmp_path, tiny_tokenizer, capsys):
     assert main(['inspect', str(tmp_path/'m'), '--json']) == 0
     said = json.loads(capsys.readouterr().out)
     assert said['units'] == ['mlp_channel'] and said['proposal'] in out
-    assert main(['prune', str(tmp_path/'m'), '--text', 'random', '--out', str(tmp_path/'x')]) == 2
+    assert main(['prune', str(tmp_path/'m'), '--text', 'random', '--seqlen', '14', '--out', str(tmp_path/'x')]) == 2
     assert 'prunebook inspect proposes one' in capsys.readouterr().err
 
 
