@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EXERCISES', 'DRAWS', 'Exercise', 'exercise', 'Verdict', 'given', 'check']
 
-# %% ../nbs/66_exercises.ipynb #33367863
-import copy, math, textwrap
+# %% ../nbs/66_exercises.ipynb #07a6b4b1
+import copy, math, statistics, textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import combinations
 from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
@@ -24,7 +24,7 @@ from .scores import channel_moments, fluctuation, wanda_mask
 from .surgeon import row_costs
 from .text import random_tokens
 
-# %% ../nbs/66_exercises.ipynb #62f961ff
+# %% ../nbs/66_exercises.ipynb #01b0ccff
 @dataclass(frozen=True)
 class Exercise:
     "A question that judges its answers."
@@ -51,7 +51,7 @@ def exercise(
     "Add an exercise to `EXERCISES`."
     EXERCISES[name] = Exercise(name, right, why, mistakes, **settings)
 
-# %% ../nbs/66_exercises.ipynb #299700b3
+# %% ../nbs/66_exercises.ipynb #20c1d067
 def _numbers(x):
     "A number, list, array or tensor as a float64 tensor on the CPU."
     return torch.as_tensor(x).detach().cpu().double()
@@ -74,7 +74,7 @@ def _agree(answers, right, tolerance):
     try: return all(_same(a, b, tolerance) for a, b in zip(answers, _parts(right), strict=True))
     except (TypeError, ValueError, RuntimeError): return False
 
-# %% ../nbs/66_exercises.ipynb #c9a204ef
+# %% ../nbs/66_exercises.ipynb #07dd82a3
 @dataclass(frozen=True)
 class Verdict:
     "What was found about an answer; true if it is right."
@@ -88,7 +88,7 @@ class Verdict:
         said = dict(right='right.', wrong='not right.', open='not answered yet.')[self.state]
         return textwrap.fill(f'{self.name}: {said} {self.text}'.strip(), 100)
 
-# %% ../nbs/66_exercises.ipynb #4a09735a
+# %% ../nbs/66_exercises.ipynb #a12b0122
 def _seen_from_outside(answers, right):
     "A hint from the shapes and sizes of the numbers alone, or ''."
     for a, b in zip(answers, _parts(right)):
@@ -115,7 +115,7 @@ def _judge(self: Exercise, trials):
     unknown = 'The measurement is not right; the prediction is judged with it.' if self.choices else ''
     return 'wrong', _seen_from_outside(answers, self.right(*inputs)) or unknown
 
-# %% ../nbs/66_exercises.ipynb #1f32cfc8
+# %% ../nbs/66_exercises.ipynb #9029c854
 DRAWS = 5 # random inputs on which a function is tried
 
 @patch
@@ -152,7 +152,7 @@ def __call__(self: Exercise,
         return Verdict(self.name, 'wrong', f'Predict one of: {", ".join(self.choices)}.')
     return Verdict(self.name, *self._judge([(self.inputs(), answers)]))
 
-# %% ../nbs/66_exercises.ipynb #d941c246
+# %% ../nbs/66_exercises.ipynb #c1411274
 def _find(name):
     "The exercise of that name. Raises `ValueError` with the names of its page for one that does not exist."
     if name in EXERCISES: return EXERCISES[name]
@@ -172,7 +172,7 @@ def check(
     "Whether an answer is right, with a reason or a hint. Raises `ValueError` for a name that does not exist."
     return _find(name)(*answers)
 
-# %% ../nbs/66_exercises.ipynb #fb013612
+# %% ../nbs/66_exercises.ipynb #f7103ec4
 def _normal(gen, *shape): return torch.randn(*shape, generator=gen)
 def _whole(gen, least, most): return torch.randint(least, most + 1, (1,), generator=gen).item()
 def _moments_of(gen, n, rows=None):
@@ -180,7 +180,7 @@ def _moments_of(gen, n, rows=None):
     X = _normal(gen, rows or 4*n, n) @ _normal(gen, n, n)
     return X.T @ X/len(X)
 
-# %% ../nbs/66_exercises.ipynb #3b2fff1a
+# %% ../nbs/66_exercises.ipynb #ca2a5b18
 def _llama_8b_costs():
     "Parameters of an MLP channel and of a key-value group in Llama-3-8B."
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -217,7 +217,7 @@ exercise('couplings-2', _value_columns,
     'The columns of a query head lie together: its channel c is column c of h.':
         lambda k, c, K, g, h: [(k*h + c)*g + q for q in range(g)]}, draw=_some_head, function=True)
 
-# %% ../nbs/66_exercises.ipynb #8bf844a0
+# %% ../nbs/66_exercises.ipynb #cff1256f
 def _tiny_and_ids(gen, **config):
     "A tiny Llama, and ids to read."
     model = tiny_model('llama', **config)
@@ -254,7 +254,7 @@ exercise('couplings-3', lambda *x: ('different', _bias_left(*x)),
         lambda *x: ('same', _bias_left(*x))},
     draw=_tiny_and_ids, choices=('same', 'different'), tolerance=.02)
 
-# %% ../nbs/66_exercises.ipynb #59510abd
+# %% ../nbs/66_exercises.ipynb #23241008
 exercise('plan-1', lambda: (30/100)*300/200,
     'Of 300 parameters 200 are in the MLP; 30 % of 300 are 90, and 90 of 200 are 45 %.', {
     'The MLP must give more than its share, because nothing else gives: divide by 2/3.': lambda: .3*2/3,
@@ -304,7 +304,7 @@ exercise('plan-3', lambda *x: ('less', _leave_block_0(*x)),
         lambda *x: ('equal', _leave_block_0(*x))},
     draw=_unlike_scores, choices=('less', 'equal', 'more'))
 
-# %% ../nbs/66_exercises.ipynb #be3c906e
+# %% ../nbs/66_exercises.ipynb #4f5c9647
 _ROW, _NORMS = torch.tensor([[1.2, -1.5, 1., 3.]]), torch.tensor([1., 4., 2., .5])
 def _places(mask): return mask.nonzero().flatten().tolist()
 
@@ -380,7 +380,7 @@ exercise('scores-4', _least_variance,
     'μᵀv is 1, but the variance is not the least: use Σ.': lambda S, mu: mu/(mu @ mu)},
     draw=_covariance_and_mean, function=True)
 
-# %% ../nbs/66_exercises.ipynb #6d7b7cdf
+# %% ../nbs/66_exercises.ipynb #6da09fb9
 def _copied_weights():
     "New weights of channels 0 and 1 when channel 2, which is 2 times channel 0 minus channel 1, leaves."
     X = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -440,7 +440,7 @@ exercise('repair-3', lambda *x: ('weak', _fit_ratio(*x)),
     'Your own measurement says that the weak ridge does worse on new tokens.':
         lambda *x: ('strong', _fit_ratio(*x))}, draw=_few_and_many, choices=('weak', 'strong'), tolerance=.02)
 
-# %% ../nbs/66_exercises.ipynb #dd6690c1
+# %% ../nbs/66_exercises.ipynb #79a8c124
 _W, _X = torch.tensor([[2., -1.], [-4., 3.]]), torch.tensor([[3., 0.], [4., 2.]])
 
 exercise('fasp-1', lambda: column_scores(_W, _X.T @ _X),
@@ -473,7 +473,7 @@ exercise('fasp-2', _unit_scores, 'Score the columns, pick those of each unit wit
         lambda W, C, columns: W.abs().sum(0)[columns].sum(1)*C.diag().sqrt()[columns].sum(1)},
     draw=_some_units, function=True)
 
-# %% ../nbs/66_exercises.ipynb #af614006
+# %% ../nbs/66_exercises.ipynb #686628c8
 def _some_columns(gen):
     "A weight (d, 8), second moments of its inputs, and columns to remove."
     return _normal(gen, 5, 8), _moments_of(gen, 8), torch.randperm(8, generator=gen)[:3]
@@ -519,7 +519,7 @@ exercise('fasp-4', lambda X, W: ('no', _relative_error(X, W, _weakest(X, W))),
         lambda X, W: ('yes', _relative_error(X, W, _weakest(X, W)))},
     draw=_twins, choices=('yes', 'no'), tolerance=.01)
 
-# %% ../nbs/66_exercises.ipynb #da6f7129
+# %% ../nbs/66_exercises.ipynb #460144f6
 def _kl(p, q): return sum(x*math.log(x/y) for x, y in zip(p, q) if x > 0)
 def _js(p, q):
     m = [(x + y)/2 for x, y in zip(p, q)]
@@ -575,7 +575,7 @@ exercise('depth2-3', lambda *x: ('measured', _paper_change(*x)),
         lambda *x: ('code', _paper_change(*x))},
     draw=_gated_unit, choices=('paper', 'code', 'measured'))
 
-# %% ../nbs/66_exercises.ipynb #e22e4ba9
+# %% ../nbs/66_exercises.ipynb #9e6a598f
 def _believed(X, y, mu, d, ratio):
     "Ridge around `mu`, from the normal equations, float64."
     X, y, mu, d = (t.double() for t in (X, y, mu, d))
@@ -622,7 +622,7 @@ exercise('bonsai-3', lambda w, b, x: ('constant', b + w.sum().item()/2),
     'Try another mask: does the mean of a pair change?': lambda w, b, x: ('varies', b + w.sum().item()/2)},
     draw=_linear_loss, choices=('constant', 'varies'))
 
-# %% ../nbs/66_exercises.ipynb #054e6ad1
+# %% ../nbs/66_exercises.ipynb #8b66858a
 _F, _theta = torch.tensor([[4., 2.], [2., 3.]]), torch.tensor([1., 2.])
 
 def _remove_first():
@@ -666,7 +666,7 @@ exercise('curvature-3', lambda F, theta: ('less', optimal_removal(F, theta, torc
     'Costs would add up if the curvature had no entry beside the diagonal.': lambda F, theta: ('equal', 1.)},
     draw=_two_weights, choices=('less', 'equal', 'more'))
 
-# %% ../nbs/66_exercises.ipynb #4ce3efbb
+# %% ../nbs/66_exercises.ipynb #8c9077fc
 _W2 = torch.tensor([[1., 2.], [3., 1.]], dtype=torch.float64)
 _A2, _G2 = torch.tensor([[2., 1.], [1., 2.]]).double(), torch.tensor([[2., 0.], [0., 1.]]).double()
 
@@ -728,7 +728,7 @@ exercise('surgeon-3', lambda W, A, G1, G2: ('order', _cheapest(W, A, G2)),
         lambda W, A, G1, G2: ('neither', _cheapest(W, A, G2))},
     draw=_two_curvatures, choices=('update', 'order', 'both', 'neither'))
 
-# %% ../nbs/66_exercises.ipynb #14fb341f
+# %% ../nbs/66_exercises.ipynb #d5f71e7d
 def _power_shares(exponent=3, prices=(1., 4., 16.), n=1500):
     "Best shares of blocks whose damage is a·r^exponent, relative to the first; from one threshold."
     steps = torch.linspace(0, 1, n + 1, dtype=torch.float64)
@@ -788,3 +788,90 @@ exercise('recipe-3', lambda W, C: ('smaller', _energies(W, C)[-1].item()),
     'They are equal only if a singular vector is a channel. Compare them.':
         lambda W, C: ('equal', _energies(W, C)[-1].item())},
     draw=_one_head, choices=('smaller', 'equal', 'larger'))
+
+# %% ../nbs/66_exercises.ipynb #17b8bedd
+def _smollm2_numbers(sparsity=.2):
+    "Share of the decoder that lies in the MLPs of SmolLM2-135M, and channels of each MLP that leave."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
+                         num_hidden_layers=30, vocab_size=8)
+    with torch.device('meta'): model = LlamaForCausalLM(config)
+    table, total = couplings(model, 'mlp_channel'), n_parameters(decoder_linears(model).values())
+    share = sum(c.cost*c.n_units for c in table)/total
+    return share, uniform_steps(table, sparsity, total)['0.mlp_channel']
+
+exercise('lab-1', _smollm2_numbers,
+    '3df of 3df + d(2Hh + 2Kh) is three quarters. So 20 % of all are 26.7 % of the channels.', {
+    'Right share. Attention gives nothing, so each MLP gives more than 20 % of its channels.':
+        lambda: (.75, 308),
+    'Right share. Round up, so that at least 20 % leave.': lambda: (.75, 409),
+    'A gated MLP has three matrices, and keys and values have 3 heads, not 9. One of both is missing.':
+        lambda: (2/3, ...)})
+
+def _contributions(W, X):
+    "Two-norm of what each channel adds to the output."
+    return [(X[:, [j]].double() @ W[:, [j]].double().T).norm() for j in range(W.shape[1])]
+
+exercise('lab-2', _contributions,
+    'A channel adds a matrix of rank one, and its norm is the product of both norms.', {
+    'Weights alone do not know how large the inputs are.': lambda W, X: W.norm(dim=0),
+    'Inputs alone do not know what is made of them.': lambda W, X: X.norm(dim=0),
+    'These are squares. Take the root.': lambda W, X: W.square().sum(0)*X.square().sum(0),
+    'This is the 1-norm of the columns, as FASP has it. Here the exact size is asked.':
+        lambda W, X: W.abs().sum(0)*X.norm(dim=0)}, draw=_weight_and_inputs, function=True)
+
+def _block_scores(gen):
+    "Scores of three blocks with 8 channels each, and how many channels leave in all."
+    return torch.rand(3, 8, generator=gen)*torch.tensor([[.1], [.5], [1.]]), _whole(gen, 9, 15)
+
+def _one_by_one(scores, n):
+    "How many channels leave each block if the weakest of all leaves again and again."
+    left, counts = [sorted(row) for row in scores.tolist()], [0]*len(scores)
+    for _ in range(n):
+        block = min((b for b in range(len(left)) if len(left[b]) > 1), key=lambda b: left[b][0])
+        left[block].pop(0)
+        counts[block] += 1
+    return counts
+
+def _without_a_last(scores, n):
+    "The same if a block may lose all of its channels."
+    weakest = scores.flatten().argsort()[:n]//scores.shape[1]
+    return weakest.bincount(minlength=len(scores))
+
+exercise('lab-3', _one_by_one, 'One threshold for all blocks, and one channel stays in each.', {
+    'A block loses all of its channels here. One must stay.': _without_a_last,
+    'This is how many stay. How many leave?': lambda s, n: 8 - torch.tensor(_one_by_one(s, n)),
+    'These leave from the strong end.': lambda s, n: _one_by_one(-s, n)}, draw=_block_scores, function=True)
+
+def _refit_damped(W, C, keep, damp): return _refit(W, C, keep, damp*C[keep][:, keep].diag().mean().item())
+
+exercise('lab-4', _refit_damped,
+    'The ridge pulls towards the old weights, in proportion to the mean power of the kept channels.', {
+    'Here damp is a fraction of the mean of the diagonal of C_MM.': _refit,
+    'This ridge pulls to zero. Add δ times the old weights on the right side.':
+        lambda W, C, keep, damp: _refit(W, C, keep, damp*C[keep][:, keep].diag().mean().item(), towards=0.),
+    'Take the mean over the kept channels only.':
+        lambda W, C, keep, damp: _refit(W, C, keep, damp*C.diag().mean().item()),
+    'These are the old weights: nothing was re-fitted.': lambda W, C, keep, damp: W[:, keep],
+    'This is the transpose of the answer.': lambda *x: _refit_damped(*x).T}, draw=_fit_inputs, function=True)
+
+def _losses_of_two(gen):
+    "Losses of two models on the same 12 windows."
+    hard = 3 + _normal(gen, 12)
+    return hard, hard + .1 + .05*_normal(gen, 12)
+
+def _paired(a, b):
+    "Mean difference and its standard error, in plain Python."
+    d = [y - x for x, y in zip(a.double().tolist(), b.double().tolist())]
+    return statistics.fmean(d), statistics.stdev(d)/len(d)**.5
+
+exercise('lab-5', _paired,
+    'Windows differ much more than models do. The difference on the same window does not see it.', {
+    'The difference is b - a.': lambda a, b: (-_paired(a, b)[0], ...),
+    'These errors are not paired. Take the difference window by window first.':
+        lambda a, b: (_paired(a, b)[0], ((a.var() + b.var())/len(a)).sqrt()),
+    'This is the standard deviation of the differences. Divide by the root of the number of windows.':
+        lambda a, b: (_paired(a, b)[0], (b - a).std()),
+    'The deviation of a sample divides by n - 1.':
+        lambda a, b: (_paired(a, b)[0], (b - a).std(correction=0)/len(a)**.5)},
+    draw=_losses_of_two, function=True, tolerance=5e-3)
