@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .couplings import anatomy, weight_of
 from .methods import Method, Needs, Run, as_method
-from .models import blocks, decoder_linears, n_parameters
+from .models import blocks, decoder_linears, n_parameters, text_config
 from .plan import uniform_steps
 from .repair import WEAK_RIDGE
 
