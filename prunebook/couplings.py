@@ -514,6 +514,8 @@ class FullHeads:
         **sizes, # head_dim, value_dim, lead and beside, as for `pad_heads`
     ):
         value, out, self.attention = getattr(attention, first), getattr(attention, second), attention
+        self.__dict__.update(attention.__dict__)           # found at once, which counts when one token is read
+        self.__dict__.update(attention._modules)
         unpadded = lambda x: unpad_heads(x, sizes['head_dim'], sizes['value_dim']) if self.padded else x
         setattr(self, first, lambda x: pad_heads(value(x), **sizes))
         setattr(self, second, lambda x: out(unpadded(x)))
@@ -532,8 +534,8 @@ class NarrowCache:
         "Add keys and padded values; returns all keys, and all values as the kernel takes them."
         h, v = values.shape[-1], self.seen.narrow['value_dim']
         keys, held = self.cache.update(keys, values[..., :v], *args, **kwargs)
-        sdpa = self.seen.config._attn_implementation == 'sdpa'
-        self.seen.padded = sdpa and values.shape[-2] > 1   # its fast kernels read many tokens at one size only
+        fast = values.shape[-2] > 1 or values.dtype == torch.float32   # by measurement; see below
+        self.seen.padded = fast and self.seen.config._attn_implementation == 'sdpa'
         return keys, nn.functional.pad(held, (0, h - v)) if self.seen.padded else held
 
     def __getattr__(self, name): return getattr(self.cache, name)
@@ -543,8 +545,7 @@ def takes_narrow(
     cache, # key-value cache of this forward pass, or None
 ):
     "Whether values can stay narrow in this cache and in the kernel that reads it."
-    code = inspect.unwrap(attention.stock.forward).__code__
-    plain = type(cache) is DynamicCache and 'ALL_ATTENTION_FUNCTIONS' in code.co_names
+    plain = type(cache) is DynamicCache and attention.by_interface
     return plain and attention.config._attn_implementation in ('sdpa', 'eager')
 
 # %% ../nbs/03_couplings.ipynb #7bc7f556
@@ -564,7 +565,9 @@ def narrow_class(
     stock, # attention class of a family
 ):
     "The class that extends `stock` by `NarrowValues`."
-    return type(f'Narrow{stock.__name__}', (NarrowValues, stock), dict(stock=stock))
+    names = inspect.unwrap(stock.forward).__code__.co_names
+    own = dict(stock=stock, by_interface='ALL_ATTENTION_FUNCTIONS' in names)
+    return type(f'Narrow{stock.__name__}', (NarrowValues, stock), own)
 
 def _empty_narrow(stock): return (cls := narrow_class(stock)).__new__(cls)
 
