@@ -6,16 +6,18 @@
 __all__ = ['FAMILIES', 'UNITS', 'KINDS', 'weight_of', 'Separate', 'Fused', 'Stacked', 'Interleaved', 'Family', 'family_of',
            'Block', 'anatomy', 'unwrapped', 'Coupling', 'Unit', 'MLPChannel', 'AttentionUnit', 'KVGroup', 'QueryHead',
            'ValueChannel', 'coupling_of', 'couplings', 'kinds_of', 'check_kept', 'removed_columns', 'masked',
-           'couplings_of', 'pad_heads', 'unpad_heads', 'FullHeads', 'NarrowValues', 'narrow_class', 'narrow_values',
-           'OwnConfig', 'set_attribute', 'get_attribute', 'refresh_attention', 'slice_coupling', 'slice_units']
+           'couplings_of', 'pad_heads', 'unpad_heads', 'FullHeads', 'NarrowCache', 'takes_narrow', 'NarrowValues',
+           'narrow_class', 'narrow_values', 'OwnConfig', 'set_attribute', 'get_attribute', 'refresh_attention',
+           'slice_coupling', 'slice_units']
 
 # %% ../nbs/03_couplings.ipynb #a7d74d2d
-import functools
+import functools, inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 from .models import blocks, decoder_linears, n_parameters, text_config
 
@@ -577,7 +579,9 @@ def unpad_heads(
 
 # %% ../nbs/03_couplings.ipynb #a95a5421
 class FullHeads:
-    "An attention module as its own code sees it: all heads have the full size."
+    "An attention module as its own code sees it: values go in at full size, and their padding is dropped."
+    padded = True                                          # whether attention was given padded values
+
     def __init__(self,
         attention, # attention module with narrow values
         first, # name in it of the linear that computes values
@@ -585,16 +589,49 @@ class FullHeads:
         **sizes, # head_dim, value_dim, lead and beside, as for `pad_heads`
     ):
         value, out, self.attention = getattr(attention, first), getattr(attention, second), attention
+        self.__dict__.update(attention.__dict__)           # found at once, which counts when one token is read
+        self.__dict__.update(attention._modules)
+        unpadded = lambda x: unpad_heads(x, sizes['head_dim'], sizes['value_dim']) if self.padded else x
         setattr(self, first, lambda x: pad_heads(value(x), **sizes))
-        setattr(self, second, lambda x: out(unpad_heads(x, sizes['head_dim'], sizes['value_dim'])))
+        setattr(self, second, lambda x: out(unpadded(x)))
 
     def __getattr__(self, name): return getattr(self.attention, name)
 
+# %% ../nbs/03_couplings.ipynb #dbad6912
+class NarrowCache:
+    "A key-value cache as attention with narrow values sees it: it holds values without their padding."
+    def __init__(self,
+        cache, # the cache of the model
+        seen, # the `FullHeads` of this forward pass
+    ): self.cache, self.seen = cache, seen
+
+    def update(self, keys, values, *args, **kwargs):
+        "Add keys and padded values; returns all keys, and all values as the kernel takes them."
+        h, v = values.shape[-1], self.seen.narrow['value_dim']
+        keys, held = self.cache.update(keys, values[..., :v], *args, **kwargs)
+        fast = values.shape[-2] > 1 or values.dtype == torch.float32   # measured: see the table above
+        self.seen.padded = fast and self.seen.config._attn_implementation == 'sdpa'
+        return keys, nn.functional.pad(held, (0, h - v)) if self.seen.padded else held
+
+    def __getattr__(self, name): return getattr(self.cache, name)
+
+def takes_narrow(
+    attention, # attention module with narrow values
+    cache, # key-value cache of this forward pass, or None
+):
+    "Whether values can stay narrow in this cache and in the kernel that reads it."
+    plain = type(cache) is DynamicCache and attention.by_interface
+    return plain and attention.config._attn_implementation in ('sdpa', 'eager')
+
 # %% ../nbs/03_couplings.ipynb #7bc7f556
 class NarrowValues:
-    "Mixed into the attention class of a family: its code runs on `FullHeads`."
+    "Mixed into the attention class of a family: its code runs on `FullHeads`, and the cache holds narrow values."
     def forward(self, *args, **kwargs):
-        return self.stock.forward(FullHeads(self, **self.narrow), *args, **kwargs)
+        seen = FullHeads(self, **self.narrow)
+        name = next((n for n in ('cache', 'past_key_values', 'layer_past') if n in kwargs), None)
+        if name and takes_narrow(self, kwargs[name]):
+            kwargs[name] = NarrowCache(kwargs[name], seen)
+        return self.stock.forward(seen, *args, **kwargs)
 
     def __reduce__(self): return _empty_narrow, (self.stock,), self.__dict__   # pickled by the extended class
 
@@ -603,7 +640,9 @@ def narrow_class(
     stock, # attention class of a family
 ):
     "The class that extends `stock` by `NarrowValues`."
-    return type(f'Narrow{stock.__name__}', (NarrowValues, stock), dict(stock=stock))
+    names = inspect.unwrap(stock.forward).__code__.co_names
+    own = dict(stock=stock, by_interface='ALL_ATTENTION_FUNCTIONS' in names)
+    return type(f'Narrow{stock.__name__}', (NarrowValues, stock), own)
 
 def _empty_narrow(stock): return (cls := narrow_class(stock)).__new__(cls)
 

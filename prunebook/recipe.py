@@ -173,6 +173,7 @@ class Recipe(Method):
     turn: bool = True # give values the basis of eq. basis before their channels leave
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); `_trust_for(tokens)` by default, and 0 needs no dense model
     allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units leave each block
+    uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
     shares: tuple[float, ...] = setting((.25, .5, .75), is_a='one or more fractions between 0 and 1, ascending') # shares of a block's units at which it is probed; no more than the last may leave
     interaction: float = setting(1., least=0, is_a='an exponent, at least 0') # γ, how much faster damage grows than measured one block at a time (eq. context)
@@ -194,11 +195,22 @@ class Recipe(Method):
 @patch
 def check(self:Recipe):
     "Raises `ValueError` for a setting that cannot be."
+    if self.uniform: self._make_uniform()
     super(Recipe, self).check()
     edges = (0, *self.shares, 1)
     if len(edges) == 2 or not all(a < b for a, b in zip(edges, edges[1:])):
         known = 'one or more fractions between 0 and 1, ascending, for example (0.25, 0.5, 0.75)'
         raise ValueError(f'shares is {self.shares!r}; it is {known}.')
+
+# %% ../nbs/70_recipe.ipynb #u70c0002
+@patch
+def _make_uniform(self:Recipe):
+    "What `uniform` decides. Raises `ValueError` for settings that say otherwise."
+    if tuple(self.units) == ('value_channel', 'mlp_channel'): self.units = ('mlp_channel',)
+    if self.allocation == 'measured': self.allocation = 'uniform'
+    other = dict(units='value_channel' in self.units, allocation=self.allocation != 'uniform', spare=any(self.spare))
+    if wrong := next((k for k, bad in other.items() if bad), None):
+        raise ValueError(f'{wrong} is {getattr(self, wrong)!r}, which makes blocks differ; leave out {wrong} or uniform.')
 
 # %% ../nbs/70_recipe.ipynb #c51ce5a8
 def _greedy_order(

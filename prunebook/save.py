@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .couplings import anatomy, family_of, narrow_values, unwrapped, weight_of
-from .couplings import FullHeads, NarrowValues, OwnConfig, _empty_narrow, narrow_class   # of the modelling file
+from .couplings import FullHeads, NarrowCache, NarrowValues, OwnConfig   # of the modelling file
+from .couplings import _empty_narrow, narrow_class, takes_narrow
 from .couplings import pad_heads, set_attribute, unpad_heads
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device
@@ -79,12 +80,15 @@ def _give_layout(
     layout, # what `layout` returned for the saved one
 ):
     "Give a stock model the linears, attributes and narrow values of a layout. The tensors are still to come."
+    headless = model.base_model is model                   # the names are those of the model with its head
+    inner = lambda name: name.removeprefix(f'{model.base_model_prefix}.') if headless else name
     for name, (kind, inputs, outputs, bias) in layout['linears'].items():
-        own = type(model.get_submodule(name))              # Falcon's linear layers multiply in their own way
-        model.set_submodule(name, own(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias))
+        own = type(model.get_submodule(inner(name)))       # Falcon's linear layers multiply in their own way
+        new = own(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias)
+        model.set_submodule(inner(name), new)
     for name, values in layout['attributes'].items():
-        for key, value in values.items(): set_attribute(model.get_submodule(name), key, value)
-    for name, values in layout['values'].items(): narrow_values(model.get_submodule(name), **values)
+        for key, value in values.items(): set_attribute(model.get_submodule(inner(name)), key, value)
+    for name, values in layout['values'].items(): narrow_values(model.get_submodule(inner(name)), **values)
 
 # %% ../nbs/60_save.ipynb #6b213178
 def upgraded(
@@ -128,7 +132,10 @@ def pruned_class(
         @classmethod
         def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            check_loaded(info)
+            own = [model.base_model_prefix, *dict(model.named_children())]
+            headless = model.base_model is model           # the head in the file is nothing to such a model
+            ours = [k for k in info['unexpected_keys'] if not headless or k.split('.')[0] in own]
+            check_loaded({**info, 'unexpected_keys': ours})
             return (model, info) if output_loading_info else model
 
     Pruned.__name__ = Pruned.__qualname__ = f'Pruned{stock.__name__}'
@@ -136,28 +143,30 @@ def pruned_class(
 
 # %% ../nbs/60_save.ipynb #bfa7107e
 _MODELING = '''"""A pruned {base}: the stock class, every linear of its blocks with its saved size."""
-import functools
+import functools, inspect
 import torch
 from torch import nn
-from transformers import {base}
+from transformers import DynamicCache, {base}, {headless}
 from transformers.pytorch_utils import Conv1D
 
 
 {parts}
 
 Pruned{base} = pruned_class({base})
+Pruned{headless} = pruned_class({headless})
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
 # %% ../nbs/60_save.ipynb #2428fb79
-_PARTS = (pad_heads, unpad_heads, FullHeads, NarrowValues, narrow_class, _empty_narrow, narrow_values,
-          OwnConfig, set_attribute, _give_layout, check_loaded, pruned_class) # what it holds
+_PARTS = (pad_heads, unpad_heads, FullHeads, NarrowCache, takes_narrow, NarrowValues, narrow_class, _empty_narrow,
+          narrow_values, OwnConfig, set_attribute, _give_layout, check_loaded, pruned_class) # what it holds
 
 def _modeling_source(
     model, # a pruned causal language model
 ):
     "Python source of a class that loads `model` without this package."
     parts = '\n\n'.join(inspect.getsource(p) for p in _PARTS)
-    return _MODELING.format(base=_stock_class(model).__name__, parts=parts)
+    names = dict(base=_stock_class(model).__name__, headless=_stock_class(model.base_model).__name__)
+    return _MODELING.format(**names, parts=parts)
 
 # %% ../nbs/60_save.ipynb #3a266358
 def saved_config(
@@ -177,13 +186,15 @@ def name_classes(
     stock, # whether the stock class can hold it
 ):
     "Say in `config.json` which class loads the model, and write the modelling file if there must be one."
-    name = _stock_class(model).__name__
+    name, headless = (_stock_class(m).__name__ for m in (model, model.base_model))
     path = Path(folder)/'config.json'
     source = Path(folder)/'modeling_pruned.py'
     config = json.loads(path.read_text(encoding='utf-8'))
     config['architectures'] = [name if stock else f'Pruned{name}']
     if stock: config.pop('auto_map', None)
-    else: config['auto_map'] = {c.__name__: f'modeling_pruned.Pruned{name}' for c in auto_classes(model.config)}
+    else:
+        whole = {c.__name__: f'modeling_pruned.Pruned{name}' for c in auto_classes(model.config)}
+        config['auto_map'] = {**whole, 'AutoModel': f'modeling_pruned.Pruned{headless}'}
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
     if stock: source.unlink(missing_ok=True)               # a reloaded model brings its own along
     else: source.write_text(_modeling_source(model), encoding='utf-8')

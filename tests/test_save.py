@@ -1,4 +1,5 @@
 """What is loaded is what was saved, bit for bit; and nothing but whole folders is ever left or accepted."""
+import contextlib
 import copy
 import errno
 import json
@@ -15,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prunebook import models as models_module, save as save_module
 from prunebook.couplings import NarrowValues, anatomy, couplings, slice_units
 from prunebook.fasp import FASP
 from prunebook.pruning import prune
+from prunebook.recipe import Recipe
 from prunebook.models import MANIFEST, TINY, is_complete, load_model, reserved_folder, verify, write_manifest
 from prunebook.save import _modeling_source, _narrow_config, _stock_class, fits_stock_class, load_pruned, save_pruned
 from prunebook.text import Windows
@@ -201,6 +204,51 @@ def test_loaded_bridges_are_recognised(tmp_path):
     assert not fits_stock_class(once)
     linears = save_module.layout(once)['linears']
     assert linears == save_module.layout(VARIANTS['values'](tiny_model('llama')))['linears']
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'opt', 'phi'])
+def test_the_model_without_its_head(family, tmp_path):
+    "What vLLM builds (`AutoModel.from_config`), and what embeds text; the head of the file is nothing to it."
+    m = VARIANTS['values_and_mlp'](tiny_model(family))
+    save_pruned(m, None, tmp_path/'saved')
+    base = AutoModel.from_pretrained(tmp_path/'saved', trust_remote_code=True, dtype='auto').eval()
+    with torch.no_grad(): assert torch.equal(base(IDS)[0], m.base_model(IDS)[0])
+    empty = AutoModel.from_config(base.config, trust_remote_code=True)
+    assert type(empty).__name__ == type(base).__name__ == f'Pruned{type(m.base_model).__name__}'
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in m.base_model.named_parameters()}
+
+
+@pytest.mark.parametrize('auto', [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize('change', [dict(add='model.layers.0.foo'), dict(add='model.foo'), dict(drop='model.layers.1.mlp.up_proj.weight')], ids=str)
+def test_a_modelling_file_takes_no_other_tensors(auto, change, tmp_path):
+    save_pruned(VARIANTS['values'](tiny_model('llama')), None, tmp_path/'saved')
+    tensors = load_file(tmp_path/'saved'/'model.safetensors')
+    if 'add' in change: tensors[change['add']] = torch.ones(2)
+    else: del tensors[change['drop']]
+    save_file(tensors, tmp_path/'saved'/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match='not those of this model'): auto.from_pretrained(tmp_path/'saved', trust_remote_code=True)
+
+
+# ---- a canary -------------------------------------------------------------------------------------------------------
+
+def test_stock_classes_do_not_read_widths_per_layer_yet():
+    """`transformers` has configurations with entries per layer (`per_layer_config`), and stock classes that raise on them.
+    On the day this fails, a model with a width for each layer is an ordinary model: save it so, without a modelling file (`fits_stock_class`, howto_share)."""
+    sizes = dict(vocab_size=97, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)
+    widths = []
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
+        config = LlamaConfig(**sizes, per_layer_config={1: dict(intermediate_size=20)})
+        widths = [layer.mlp.up_proj.out_features for layer in LlamaForCausalLM(config).model.layers]
+    assert widths != [37, 20], 'stock classes read per_layer_config: save models of unequal widths without a modelling file'
+
+
+def test_a_uniform_recipe_loads_in_plain_transformers(tmp_path):
+    w = Windows(torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(1)), 'random')
+    for i, units in enumerate((('mlp_channel',), ('kv_group', 'mlp_channel'))):
+        small, plan = prune(tiny_model('llama'), w, Recipe(uniform=True, units=units), .3)
+        folder = save_pruned(small, plan, tmp_path/str(i))
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        assert not list(folder.glob('*.py')) and type(plain) is LlamaForCausalLM and torch.equal(logits(plain.eval()), logits(small))
 
 
 def test_modelling_source_is_python_without_this_package():
