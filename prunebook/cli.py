@@ -396,7 +396,7 @@ def cmd_export(
     folder:str, # a folder that `prunebook prune` made, another model folder, or smollm2-135m
     out:str=None, # file to make
     to:str='gguf', # kind of file; gguf is what llama.cpp reads
-    quantize:str=None, # f32, f16, bf16, q8_0 or q4_0; by default what the folder holds
+    quantize:str=None, # f32, f16, bf16, q8_0, q5_0, q4_1 or q4_0; by default what the folder holds
     force:store_true=False, # replace the file if it is a GGUF file
     # llama.cpp's name of the rule by which the tokenizer splits text, if it is not known here
     pre:str=None,

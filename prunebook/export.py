@@ -15,7 +15,8 @@ import gguf, numpy as np, torch
 from torch.nn import functional as F
 from .couplings import anatomy
 from .load import _config_and_class, is_ours
-from .models import MANIFEST, _check_room, _flush, _parents, _small_model_folder, check_writable, damage, readable
+from .models import MANIFEST, _check_room, _flush, _parents, _small_model_folder
+from .models import check_writable, damage, readable
 from .plan import PrunePlan, check_numbers, write_atomic
 from .sources import _check_names, _saved_name, read_tensor, skeleton, tensor_files
 
@@ -50,14 +51,16 @@ def written_widths(
     model, # a causal language model, pruned or not; may be on `meta`
     multiple=1, # MLP widths become multiples of this
 ):
-    "Query heads, key-value heads and MLP channels of every block, as they are written. Raises `ValueError` if the first has no attention."
+    """Query heads, key-value heads and MLP channels of every block, as they are written.
+    Raises `ValueError` if the first block has no attention."""
     widths = [(b.heads, b.kv_heads, max(1, -(-b.mlp_width//multiple))*multiple) for b in anatomy(model)]
     if not widths[0][0]:
-        raise ValueError('Block 0 has no attention, and llama.cpp reads the size of a head from it; keep it there.')
+        raise ValueError('Block 0 has no attention, and llama.cpp reads the size of a head from it; '
+                         'keep it there.')
     return widths
 
 # %% ../nbs/85_export.ipynb #ex2d6476
-_OWN = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3') # llama.cpp's name, by `config.model_type`
+_OWN = dict(llama='llama', mistral='llama', qwen2='qwen2', qwen3='qwen3') # llama.cpp's name, by model type
 _QKV = ('q_proj.bias', 'k_proj.bias', 'v_proj.bias')
 
 def why_not_own(
@@ -65,11 +68,11 @@ def why_not_own(
     widths, # of its blocks, from `written_widths`
 ):
     "Why llama.cpp's entry for the model's own family does not fit, in words; empty if it does."
-    own, b = _OWN[model.config.model_type], anatomy(model)[0]
+    own, d, b = _OWN[model.config.model_type], model.config.hidden_size, anatomy(model)[0]
     biases = [n for n in model.state_dict() if n.endswith('.bias')]
     if len(set(widths)) > 1: return 'widths differ between blocks'
     if own == 'llama': return ''
-    if own == 'qwen2' and b.heads*b.head_dim != model.config.hidden_size: return 'heads do not fill the hidden size'
+    if own == 'qwen2' and b.heads*b.head_dim != d: return 'heads do not fill the hidden size'
     if more := [n for n in biases if not n.endswith(_QKV)]: return f'it has no place for {more[0]}'
     return '' if rotary_factors(model) is None else 'its rotary frequencies are scaled'
 
@@ -77,12 +80,13 @@ def why_not_own(
 def rotary_factors(
     model, # a causal language model with its buffers in memory
 ):
-    "What the rotary frequencies are divided by, (h/2,); None for plain ones. Raises `ValueError` where no list says it."
+    """What the rotary frequencies are divided by, (h/2,); None for plain ones.
+    Raises `ValueError` where no list says it."""
     rotary, h = model.base_model.rotary_emb, anatomy(model)[0].head_dim
-    kind = getattr(rotary, 'rope_type', 'default')
-    if kind not in ('default', 'linear', 'llama3') or len(rotary.inv_freq) != h//2:
-        raise ValueError(f'Its rotary embedding ({kind}, {2*len(rotary.inv_freq)} of {h} channels) is not one of a fixed frequency '
-                         'for each pair of channels; a GGUF file of this package cannot say it.')
+    kind, turned = getattr(rotary, 'rope_type', 'default'), 2*len(rotary.inv_freq)
+    if kind not in ('default', 'linear', 'llama3') or turned != h:
+        raise ValueError(f'Its rotary embedding ({kind}, {turned} of {h} channels) is not one of a fixed '
+                         'frequency for each pair of channels, and cannot be exported.')
     plain = model.config.rope_parameters['rope_theta']**(-torch.arange(0, h, 2).float()/h)
     factors = plain/rotary.inv_freq.float().cpu()
     return None if factors.allclose(torch.ones(1), rtol=1e-4) else factors
@@ -92,17 +96,20 @@ def architecture(
     model, # a causal language model; may be on `meta`
     widths, # of its blocks, from `written_widths`
 ):
-    "llama.cpp's name for the model, and why it is not that of the family. Raises `ValueError` for one that has no name there."
+    """llama.cpp's name for the model, and why it is not that of the family.
+    Raises `ValueError` for one that has no name there."""
     cfg = model.config
     kind, act = cfg.model_type, getattr(cfg, 'hidden_act', None)
     if kind not in _OWN:
-        raise ValueError(f'A model of type {kind!r} cannot be exported: what is written are blocks as in Llama (RMS norm, rotary '
-                         f'embedding, gated MLP with SiLU), as {", ".join(_OWN)} have them. Use the converter of llama.cpp for others.')
-    if act not in ('silu', 'swish'): raise ValueError(f'Its activation is {act!r}, and llama.cpp has SiLU in this place.')
+        raise ValueError(f'A model of type {kind!r} cannot be exported: what is written are blocks as in Llama '
+                         f'(RMS norm, rotary embedding, gated MLP with SiLU), as {", ".join(_OWN)} have them. '
+                         'Use the converter of llama.cpp for others.')
+    if act not in ('silu', 'swish'):
+        raise ValueError(f'Its activation is {act!r}, and llama.cpp has SiLU in this place.')
     why = why_not_own(model, widths)
     if why and kind == 'qwen3':
-        raise ValueError(f'This qwen3 model cannot be exported: {why}, and the entry of llama.cpp for such models (deci) has no '
-                         'norms of queries and keys. Prune it to equal widths.')
+        raise ValueError(f'This qwen3 model cannot be exported: {why}, and the entry of llama.cpp for such models '
+                         '(deci) has no norms of queries and keys. Prune it to equal widths.')
     return 'deci' if why else _OWN[kind], why
 
 # %% ../nbs/85_export.ipynb #ex9dfd2a
@@ -139,9 +146,11 @@ def _tensors(
     "All tensors of the file, as `_Tensor`s."
     found, turn = [], arch in ('llama', 'deci')
     changes = {n: f for b, w in zip(anatomy(model), widths) for n, f in _changes(b, w, turn).items()}
-    named = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), len(widths))
+    number = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch)
+    named = gguf.get_tensor_name_map(number, len(widths))
     gone = tuple(f'blk.{i}.attn_' for i, w in enumerate(widths) if not w[0])
-    if (factors := rotary_factors(model)) is not None: found.append(_Tensor('rope_freqs.weight', '', lambda _: factors, factors.shape))
+    factors = rotary_factors(model)
+    if factors is not None: found.append(_Tensor('rope_freqs.weight', '', lambda _: factors, factors.shape))
     for n, t in model.state_dict().items():
         name = named.get_name(n, ('.weight', '.bias'))
         if n in model.all_tied_weights_keys or name.startswith(gone): continue
@@ -152,7 +161,8 @@ def _tensors(
 # %% ../nbs/85_export.ipynb #ex657950
 _Q, _FILE = gguf.GGMLQuantizationType, gguf.LlamaFileType
 FORMATS = dict(f32=(_Q.F32, _FILE.ALL_F32), f16=(_Q.F16, _FILE.MOSTLY_F16), bf16=(_Q.BF16, _FILE.MOSTLY_BF16),
-               q8_0=(_Q.Q8_0, _FILE.MOSTLY_Q8_0), q4_0=(_Q.Q4_0, _FILE.MOSTLY_Q4_0)) # of weights and of the file, by name
+               q8_0=(_Q.Q8_0, _FILE.MOSTLY_Q8_0), q5_0=(_Q.Q5_0, _FILE.MOSTLY_Q5_0),
+               q4_1=(_Q.Q4_1, _FILE.MOSTLY_Q4_1), q4_0=(_Q.Q4_0, _FILE.MOSTLY_Q4_0)) # of weights and file, by name
 GROUP = 32 # weights that a quantized format stores together
 
 def _format_of(
@@ -162,7 +172,7 @@ def _format_of(
     "The format of one tensor."
     if len(t.shape) == 1: return _Q.F32
     ends = t.name in ('token_embd.weight', 'output.weight')
-    return FORMATS['q8_0' if ends and quantize == 'q4_0' else quantize][0]
+    return FORMATS['q8_0' if ends and quantize.startswith('q') else quantize][0]
 
 def _bytes(t, form): return prod(gguf.quants.quant_shape_to_byte_shape(t.shape, form))
 
@@ -173,9 +183,9 @@ def _packed(
 ):
     "The bytes of a tensor, as an array. Raises `ValueError` for numbers that the format cannot hold."
     check_numbers(values, name)
-    if form == _Q.F16 and values.abs().max() > 65504:
-        raise ValueError(f'{name} holds {values.abs().max().item():.3g}, and f16 ends at 65504; take bf16 or f32.')
-    return gguf.quants.quantize(np.ascontiguousarray(values.detach().float().numpy()), form)
+    if form == _Q.F16 and (most := values.abs().max().item()) > 65504:
+        raise ValueError(f'{name} holds {most:.3g}, and f16 ends at 65504; take bf16 or f32.')
+    return gguf.quants.quantize(np.ascontiguousarray(values.detach().float().cpu().numpy()), form)
 
 # %% ../nbs/85_export.ipynb #exec6e4d
 def _check_groups(
@@ -186,8 +196,8 @@ def _check_groups(
     if not quantize.startswith('q'): return
     for t in tensors:
         if len(t.shape) > 1 and t.shape[-1] % GROUP:
-            raise ValueError(f'{quantize} stores {GROUP} weights together, and {t.name} has rows of {t.shape[-1]}; '
-                             'take f16 or bf16. (MLP widths are widened, but not hidden sizes and heads.)')
+            raise ValueError(f'{quantize} stores {GROUP} weights together, and {t.name} has rows of '
+                             f'{t.shape[-1]}; take f16 or bf16. (Only MLPs are widened.)')
 
 # %% ../nbs/85_export.ipynb #ex576e6a
 def _sizes(
@@ -198,9 +208,9 @@ def _sizes(
     "Write the sizes of the model: lists for deci, one number otherwise."
     cfg, h = model.config, anatomy(model)[0].head_dim
     heads, kv_heads, mlp = (list(w) if writer.arch == 'deci' else w[0] for w in zip(*widths))
-    window = getattr(cfg, 'sliding_window', None) or cfg.max_position_embeddings
+    longest = cfg.max_position_embeddings
     writer.add_block_count(len(widths))
-    writer.add_context_length(min(cfg.max_position_embeddings, window))  # the engine has no window for these families
+    writer.add_context_length(min(longest, getattr(cfg, 'sliding_window', None) or longest))
     writer.add_embedding_length(cfg.hidden_size)
     writer.add_feed_forward_length(mlp)
     writer.add_head_count(heads)
@@ -210,9 +220,10 @@ def _sizes(
     writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
     writer.add_vocab_size(cfg.vocab_size)
 
-# %% ../nbs/85_export.ipynb #exc3fb2c
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {_WORDS % r'\p{N}{1,3}': 'llama-bpe', _WORDS % r'\p{N}': 'qwen2'} # llama.cpp's names, by regular expression
+# %% ../nbs/85_export.ipynb #ex4ae749
+_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+") # regular expression; the digits of a word are to be filled in
+_SPLITS = {_WORDS % r'\p{N}{1,3}': 'llama-bpe', _WORDS % r'\p{N}': 'qwen2'} # llama.cpp's names
 
 def _step(
     s, # one step of a splitting rule, from tokenizer.json
@@ -220,13 +231,15 @@ def _step(
     "What a step does, in a word; None for what is not known."
     kind = s['type']
     if kind == 'Digits' and s['individual_digits']: return 'digits'
-    if kind == 'ByteLevel' and not s['add_prefix_space']: return 'words' if s.get('use_regex', True) else 'bytes'
-    if kind == 'Split' and s['behavior'] == 'Isolated' and not s['invert']: return _SPLITS.get(s['pattern'].get('Regex'))
+    if kind == 'ByteLevel' and not s['add_prefix_space']:
+        return 'words' if s.get('use_regex', True) else 'bytes'
+    if kind == 'Split' and s['behavior'] == 'Isolated' and not s['invert']:
+        return _SPLITS.get(s['pattern'].get('Regex'))
 
 def splitting(
     rule, # entry `pre_tokenizer` of tokenizer.json
 ):
-    "llama.cpp's name of a rule that splits text before byte-level merges; None for one it has no name for here."
+    "llama.cpp's name of a rule that splits text before byte-level merges; None if it is not known here."
     steps = [rule] if rule['type'] != 'Sequence' else rule['pretokenizers']
     match [_step(s) for s in steps]:
         case ['words']: return 'gpt-2'
@@ -251,7 +264,8 @@ def _vocabulary(
     ids = {**t['model']['vocab'], **{a['content']: a['id'] for a in t['added_tokens']}}
     by_id = {i: n for n, i in ids.items()}
     if max(by_id) >= rows:
-        raise ValueError(f'The tokenizer has a token {max(by_id)}, and the embeddings {rows} rows; they belong to different models.')
+        raise ValueError(f'The tokenizer has a token {max(by_id)}, and the embeddings {rows} rows; '
+                         'they belong to different models.')
     unknown = t['model'].get('unk_token')
     tokens = [by_id.get(i, f'[PAD{i}]') for i in range(rows)]
     return tokens, [_kind(n, added, unknown) if i in by_id else _UNUSED for i, n in enumerate(tokens)]
@@ -290,13 +304,17 @@ def _tokenizer(
     rows, # of the embeddings
     pre=None, # llama.cpp's name of the splitting rule; by default it is looked up
 ):
-    "Write the tokenizer and the chat template of a folder. Raises `ValueError` for a tokenizer that cannot be written."
+    """Write the tokenizer and the chat template of a folder.
+    Raises `ValueError` for a tokenizer that cannot be written."""
     from transformers import AutoTokenizer
     path = Path(folder)/'tokenizer.json'
-    if not path.exists(): raise ValueError(f'{folder} has no tokenizer.json; save the model with its tokenizer.')
-    t, tok = json.loads(path.read_text(encoding='utf-8')), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not path.exists():
+        raise ValueError(f'{folder} has no tokenizer.json; save the model with its tokenizer.')
+    t = json.loads(path.read_text(encoding='utf-8'))
+    tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if t['model']['type'] != 'BPE' or not t['model']['merges']:
-        raise ValueError(f'Its tokenizer is a {t["model"]["type"]} model; byte-level and SentencePiece merges (BPE) can be written.')
+        raise ValueError(f'Its tokenizer is a {t["model"]["type"]} model; '
+                         'byte-level and SentencePiece merges (BPE) can be written.')
     tokens, kinds = _vocabulary(t, rows)
     if t['model'].get('byte_fallback'): _sentence_piece(writer, t, tokens)
     else: _byte_level(writer, t, tokens, pre)
@@ -322,23 +340,26 @@ def _about(
         writer.add_description(repr(PrunePlan(**content)))
         writer.add_string('prunebook.plan', json.dumps({**content, 'scores': {}}))
     for key, name in (('report', 'report.md'), ('record', 'report.json')):
-        if (path := Path(folder)/name).exists(): writer.add_string(f'prunebook.{key}', path.read_text(encoding='utf-8'))
+        path = Path(folder)/name
+        if path.exists(): writer.add_string(f'prunebook.{key}', path.read_text(encoding='utf-8'))
 
 # %% ../nbs/85_export.ipynb #ex38100b
 def _shape_of(
     folder, # a model folder
 ):
-    "The model of a folder on `meta`, and the file of each of its tensors. Raises `ValueError` for one that is damaged."
+    "The model of a folder on `meta`, and the file of each tensor. Raises `ValueError` if it is damaged."
     if not is_ours(folder): return skeleton(folder), tensor_files(folder)
     from accelerate import init_empty_weights
-    if (folder/MANIFEST).exists() and (bad := damage(folder)): raise ValueError(f'it is damaged: {" ".join(bad[:3])}')
+    bad = damage(folder) if (folder/MANIFEST).exists() else []
+    if bad: raise ValueError(f'it is damaged: {" ".join(bad[:3])}')
     config, cls = _config_and_class(folder)
     with init_empty_weights(include_buffers=False): return cls(config).eval(), tensor_files(folder)
 
 def _opened(
     folder, # a model folder
 ):
-    "The model on `meta`, and a function that reads its tensors. Raises `ValueError` for tensors that are not those of the model."
+    """The model on `meta`, and a function that reads its tensors.
+    Raises `ValueError` for tensors that are not those of the model."""
     with readable(folder): model, files = _shape_of(folder)
     saved = {n: _saved_name(model, files, n) for n in model.state_dict()}
     _check_names(model, files, saved)
@@ -370,11 +391,12 @@ def _check_file(
     overwrite=False, # a GGUF file may be there, and be replaced
 ):
     "Raises `FileExistsError` or another `OSError` if the file cannot be made."
-    if Path(file).is_file():
-        if not overwrite: raise FileExistsError(f'{file} exists already; choose another place or ask for it to be overwritten.')
-        with open(file, 'rb') as f:
-            if f.read(4) != b'GGUF': raise FileExistsError(f'{file} is not a GGUF file. It is left alone; choose another place.')
     check_writable(file)
+    if not Path(file).is_file(): return
+    if not overwrite:
+        raise FileExistsError(f'{file} exists already; choose another place or ask for it to be overwritten.')
+    with open(file, 'rb') as f: ours = f.read(4) == b'GGUF'
+    if not ours: raise FileExistsError(f'{file} is not a GGUF file. It is left alone; choose another place.')
 
 # %% ../nbs/85_export.ipynb #ex05cd02
 @dataclass
@@ -402,7 +424,7 @@ def _own_format(
 def export(
     folder, # model folder, pruned or not, with its tokenizer; or `smollm2-135m`
     file, # GGUF file to make
-    quantize=None, # f32, f16, bf16, q8_0 or q4_0; by default what the folder holds
+    quantize=None, # f32, f16, bf16, q8_0, q5_0, q4_1 or q4_0; by default what the folder holds
     overwrite=False, # replace a GGUF file that is there already
     pre=None, # llama.cpp's name of the rule that splits text, if the tokenizer has one that is not known here
 ):
@@ -411,7 +433,8 @@ def export(
     _check_file(file, overwrite)
     folder = Path(_small_model_folder() if str(folder) == 'smollm2-135m' else folder)
     if not folder.is_dir(): raise ValueError(f'{folder} is not a model folder here.')
-    if quantize not in (None, *FORMATS): raise ValueError(f'Unknown format {quantize!r}; there are {", ".join(FORMATS)}.')
+    if quantize not in (None, *FORMATS):
+        raise ValueError(f'Unknown format {quantize!r}; there are {", ".join(FORMATS)}.')
     model, read = _opened(folder)
     quantize = quantize or _own_format(read(anatomy(model)[0].mlp_second + '.weight'))
     widths = written_widths(model, GROUP if quantize.startswith('q') else 1)
@@ -436,11 +459,13 @@ def _engine(
     file, # GGUF file
     n_ctx, # tokens it shall hold
 ):
-    "llama.cpp with a file. Raises `ImportError` without the package xllamacpp, `ValueError` for a file it does not open."
+    """llama.cpp with a file. Raises `ImportError` without the package xllamacpp,
+    and `ValueError` for a file it does not open."""
     try: import xllamacpp as x
     except ImportError as e: raise ImportError('This needs llama.cpp: pip install xllamacpp.') from e
     p = x.CommonParams()
-    p.model.path, p.n_ctx, p.n_parallel, p.n_gpu_layers, p.warmup, p.fit_params, p.verbosity = str(file), n_ctx, 1, 0, False, False, -1
+    p.model.path, p.n_ctx, p.n_parallel, p.n_gpu_layers = str(file), n_ctx, 1, 0
+    p.warmup, p.fit_params, p.verbosity = False, False, -1
     p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
     p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
@@ -452,16 +477,24 @@ def engine_writes(
     prompts, # texts, or lists of token ids
     new=24, # tokens to write
 ):
-    "What llama.cpp writes greedily: for each prompt a list of tokens, and their dicts of log-probability by token."
+    "What llama.cpp writes greedily: for each prompt its tokens, and a dict of log-probability by token for each."
     server, found = _engine(file, 512), []
+    how = dict(n_predict=new, temperature=0, n_probs=5, cache_prompt=False, ignore_eos=True)
     for prompt in prompts:
-        asked = dict(prompt=prompt, n_predict=new, temperature=0, n_probs=5, cache_prompt=False, ignore_eos=True)
-        steps = server.handle_completions(asked)['choices'][0]['logprobs']['content']
-        found.append(([s['id'] for s in steps], [{t['id']: t['logprob'] for t in s['top_logprobs']} for s in steps]))
+        steps = server.handle_completions(dict(prompt=prompt, **how))['choices'][0]['logprobs']['content']
+        probs = [{t['id']: t['logprob'] for t in s['top_logprobs']} for s in steps]
+        found.append(([s['id'] for s in steps], probs))
     return found
 
-# %% ../nbs/85_export.ipynb #exb01262
+# %% ../nbs/85_export.ipynb #ex8b3524
 @torch.no_grad()
+def _here(model, ids, tokens):
+    "What the model writes greedily after `ids`, and its log-probabilities at the places of other `tokens`."
+    n, start = len(tokens), ids.shape[1]
+    own = model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+    both = torch.cat([ids, torch.tensor([tokens], device=ids.device)], 1)
+    return own[0, start:].tolist(), model(both).logits[0, start - 1:-1].float().log_softmax(-1)
+
 def compare_with_engine(
     model, # the model in `transformers`
     file, # its GGUF file
@@ -469,15 +502,13 @@ def compare_with_engine(
     tokenizer=None, # of the model
     new=24, # tokens to write
 ):
-    "Share of prompts that are continued alike, and the largest difference of a top-5 log-probability where the text before is the same."
+    "Share of prompts that are continued alike, and the largest difference of a top-5 log-probability."
     same, worst = [], 0.
     for prompt, (tokens, probs) in zip(prompts, engine_writes(file, prompts, new)):
-        ids = torch.tensor([tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt], device=model.device)
-        here = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)[0, ids.shape[1]:].tolist()
-        logits = model(torch.cat([ids, torch.tensor([tokens], device=ids.device)], 1)).logits[0, ids.shape[1] - 1:-1]
-        for row, known in zip(logits.float().log_softmax(-1), probs):
-            worst = max(worst, *(abs(row[i].item() - p) for i, p in known.items()))
-        same.append(tokens == here)
+        ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        own, rows = _here(model, torch.tensor([ids], device=model.device), tokens)
+        apart = [abs(row[i].item() - p) for row, known in zip(rows, probs) for i, p in known.items()]
+        same, worst = [*same, tokens == own], max(worst, *apart)
     return sum(same)/len(same), worst
 
 # %% ../nbs/85_export.ipynb #exf0a958
@@ -486,15 +517,17 @@ def give_weights_of(
     file, # GGUF file that was made of this model
     model, # gets the weights as they are in the file; changed in place
 ):
-    "Let a model compute with the weights of its file, rounded as they are there. Raises `ValueError` for the file of another model."
+    """Let a model compute with the weights of its file, rounded as they are there.
+    Raises `ValueError` for the file of another model."""
     reader = gguf.GGUFReader(file)
     held, old = {t.name: t for t in reader.tensors}, model.state_dict()
-    grouped = any(t.tensor_type in (_Q.Q8_0, _Q.Q4_0) for t in reader.tensors)
+    grouped = any(t.tensor_type == _Q.Q8_0 for t in reader.tensors)                # the ends, at least
     arch = reader.fields['general.architecture'].contents()
     for t in _tensors(model, arch, written_widths(model, GROUP if grouped else 1)):
         if not t.source: continue
         W, found = old[t.source], held.get(t.name)
-        if found is None or tuple(found.shape[::-1]) != t.shape: raise ValueError(f'{file} has another {t.name}; it is the file of another model.')
+        if found is None or tuple(found.shape[::-1]) != t.shape:
+            raise ValueError(f'{file} has another {t.name}; it is the file of another model.')
         places = t.change(torch.arange(1, W.numel() + 1).view(W.shape)).flatten()
         values = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type).copy()).flatten()
         new = torch.empty(W.numel())
