@@ -8,12 +8,12 @@ __all__ = ['METHODS', 'MODULES', 'setting', 'check_setting', 'check_device', 'Ru
 
 # %% ../nbs/06_methods.ipynb #c1665bc0
 import importlib, math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_origin
 import torch
 from fastcore.basics import patch
 from transformers.pytorch_utils import Conv1D
-from .couplings import anatomy, couplings, family_of
+from .couplings import UNITS, anatomy, couplings, family_of
 from .models import blocks, check_writable
 from .plan import check_type, uniform_steps
 from .repair import Ridge, damp_for
@@ -45,12 +45,14 @@ def _widened(declared):
     if declared is float: return float | int
     if declared is tuple: return tuple | list
     if get_origin(declared) is tuple: return declared | list[get_args(declared)[0]]
+    if get_origin(declared) is dict: return declared
     wider = [_widened(t) for t in get_args(declared)] if get_origin(declared) is not Literal else []
     for t in wider: declared = declared | t
     return declared
 
 def _bounded(value, least=None, most=None, below=None, **_):
-    "Whether a number, or each number of a tuple, lies within bounds."
+    "Whether a number, or each number of a tuple or a dict, lies within bounds."
+    if isinstance(value, dict): value = [*value.values()]
     several = value if isinstance(value, (tuple, list)) else [value]
     numbers = [n for n in several if isinstance(n, (int, float))]
     if any(isinstance(n, float) and not math.isfinite(n) for n in numbers): return False
@@ -140,6 +142,7 @@ class Method:
     damp: float = setting(None, least=0, is_a='a fraction, at least 0, or None') # ridge; `damp_for(tokens)` by default
     towards: Literal['weights', 'zero'] = 'weights' # what the ridge pulls to
     ridge: Literal['mean', 'own'] = 'mean' # `damp` is a fraction of the mean power, or of each channel's own
+    multiple: int | dict[str, int] = setting(1, least=1, is_a='a number, or a dict of kind of unit -> number') # widths are multiples: of the MLP, or of the kinds named, counted in each group
     spare: tuple[int, ...] = setting((0, 0), least=0, is_a='two numbers of blocks') # first and last blocks that stay whole
 
     name = None # what the method is called
@@ -181,6 +184,20 @@ def check(self:Method):
     for f in fields(self): check_setting(f, getattr(self, f.name))
     if len(self.spare) != 2:
         raise ValueError(f'spare is {self.spare!r}; it is two numbers of blocks, for example (4, 2).')
+    if isinstance(self.multiple, dict) and (unknown := set(self.multiple) - set(self.units)):
+        raise ValueError(f'multiple names {min(unknown)}, but the units are {", ".join(self.units)}.')
+    known = [UNITS[k] for k in self.units if k in UNITS]
+    if self.multiple != 1 and not isinstance(self.multiple, dict) and known and all(u.part != 'mlp' for u in known):
+        raise ValueError(f'multiple is {self.multiple!r}, a width of the MLP, but the units are '
+                         f'{", ".join(self.units)}; name the kind, for example {{"{known[0].name}": 8}}.')
+
+@patch
+def multiple_of(self:Method,
+    unit, # a kind of unit from `UNITS`
+):
+    "As many units stay in each group as a multiple of this, or all."
+    if isinstance(self.multiple, dict): return self.multiple.get(unit.name, 1)
+    return self.multiple if unit.part == 'mlp' else 1      # heads are few, and small
 
 @patch
 def settings(self:Method):
@@ -198,7 +215,7 @@ def table(self:Method,
     n = len(anatomy(model))
     if first + last >= n: raise ValueError(f'spare {(first, last)} leaves none of the {n} blocks to prune.')
     every = couplings(model, self.units if units is None else units)
-    return [c for c in every if first <= c.layer < n - last]
+    return [replace(c, multiple=self.multiple_of(c.unit)) for c in every if first <= c.layer < n - last]
 
 @patch
 def own_windows(self:Method, model):

@@ -17,7 +17,7 @@ from .couplings import anatomy, couplings, slice_units
 from .methods import Run, as_method, check_prunable
 from .models import atomic_folder, check_finite, decoder_linears, is_complete, n_parameters
 from .models import reserved_folder, write_manifest
-from .plan import PrunePlan, check_sparsity, model_fingerprint, write_atomic
+from .plan import PrunePlan, check_multiples, check_sparsity, model_fingerprint, write_atomic
 from .save import fits_stock_class, name_classes, saved_config
 from .sources import InMemory, OnDisk, block_file, save_tensors, tensor_files
 from .stream import Context, run_key
@@ -49,6 +49,7 @@ def _prune_model(model, calibration, method, sparsity, inplace, run):
         raise ValueError('out and resume belong to a source that is a folder; save a pruned model with save_pruned.')
     check_prunable(model)
     total = n_parameters(decoder_linears(model).values())
+    check_multiples(method.table(model))
     check_sparsity(sparsity, method.table(model), total)
     if calibration is not None: calibration.check(model)
     check_finite(model)
@@ -262,6 +263,7 @@ def _stream_into(folder, work, calibration, method, sparsity, run):
     source = OnDisk(folder, work, run.dtype, run.device)
     calibration.check(source.model)
     total = n_parameters(decoder_linears(source.model).values())
+    check_multiples(method.table(source.model))
     check_sparsity(sparsity, method.table(source.model), total)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
     key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)
