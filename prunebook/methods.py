@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from transformers.pytorch_utils import Conv1D
 from .couplings import UNITS, anatomy, couplings, family_of
-from .models import blocks, check_writable
+from .models import blocks, check_writable, decoder_linears
 from .plan import check_type, uniform_steps
 from .repair import Ridge, damp_for
 from .text import self_generated
@@ -143,6 +143,7 @@ class Method:
     towards: Literal['weights', 'zero'] = 'weights' # what the ridge pulls to
     ridge: Literal['mean', 'own'] = 'mean' # `damp` is a fraction of the mean power, or of each channel's own
     multiple: int | dict[str, int] = setting(1, least=1, is_a='a number, or a dict of kind of unit -> number') # widths are multiples: of the MLP, or of the kinds named, counted in each group
+    keep: tuple[int | str, ...] = setting((), least=0, is_a='a tuple of block numbers and names of modules') # what stays whole
     spare: tuple[int, ...] = setting((0, 0), least=0, is_a='two numbers of blocks') # first and last blocks that stay whole
 
     name = None # what the method is called
@@ -191,6 +192,22 @@ def check(self:Method):
         raise ValueError(f'multiple is {self.multiple!r}, a width of the MLP, but the units are '
                          f'{", ".join(self.units)}; name the kind, for example {{"{known[0].name}": 8}}.')
 
+def _means(which, layer, module):
+    "Whether a block number, or a part of a module name such as `layers.3.mlp`, means a module of a block."
+    return which == layer if isinstance(which, int) else f'.{which}.' in f'.{module}.'
+
+def _without(table, keep, model):
+    "Couplings that nothing in `keep` means. Raises `ValueError` for what means no module, and if none is left."
+    modules = [(b.layer, n) for b in anatomy(model) for n in decoder_linears(model) if n.startswith(f'{b.name}.')]
+    for k in keep:
+        if not any(_means(k, *m) for m in modules):
+            raise ValueError(f'keep names {k!r}, which is in no block; it names blocks by their numbers, '
+                             f'from 0 to {modules[-1][0]}, and modules, for example {modules[-1][1]!r}.')
+    parts = lambda c: [c.second[0], *(n for n, _ in c.firsts)]
+    left = [c for c in table if not any(_means(k, c.layer, n) for k in keep for n in parts(c))]
+    if table and not left: raise ValueError(f'keep {tuple(keep)} leaves nothing to prune.')
+    return left
+
 @patch
 def multiple_of(self:Method,
     unit, # a kind of unit from `UNITS`
@@ -215,6 +232,7 @@ def table(self:Method,
     n = len(anatomy(model))
     if first + last >= n: raise ValueError(f'spare {(first, last)} leaves none of the {n} blocks to prune.')
     every = couplings(model, self.units if units is None else units)
+    if self.keep: every = _without(every, self.keep, model)
     return [replace(c, multiple=self.multiple_of(c.unit)) for c in every if first <= c.layer < n - last]
 
 @patch

@@ -13,11 +13,12 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from .budget import Budget
 from .couplings import anatomy, couplings, slice_units
 from .methods import Run, as_method, check_prunable
 from .models import atomic_folder, check_finite, decoder_linears, is_complete, n_parameters
 from .models import reserved_folder, write_manifest
-from .plan import PrunePlan, check_multiples, check_sparsity, model_fingerprint, write_atomic
+from .plan import PrunePlan, model_fingerprint, write_atomic
 from .save import fits_stock_class, name_classes, saved_config
 from .sources import InMemory, OnDisk, block_file, save_tensors, tensor_files
 from .stream import Context, run_key
@@ -43,16 +44,15 @@ def plain_scores(
     return {n: [plain(x) for x in s.tolist()] for n, s in scores.items()}
 
 # %% ../nbs/08_pruning.ipynb #d68abf4d
-def _prune_model(model, calibration, method, sparsity, inplace, run):
+def _prune_model(model, calibration, method, budget, inplace, run):
     "The smaller model and its plan."
     if run.out is not None or run.resume:
         raise ValueError('out and resume belong to a source that is a folder; save a pruned model with save_pruned.')
     check_prunable(model)
     total = n_parameters(decoder_linears(model).values())
-    check_multiples(method.table(model))
-    check_sparsity(sparsity, method.table(model), total)
     if calibration is not None: calibration.check(model)
     check_finite(model)
+    sparsity = budget.share(model, method)
     if calibration is None: calibration = method.own_windows(model)
     units = {c.name: c.n_units for c in couplings(model, method.units)}
     fingerprint = model_fingerprint(model)
@@ -61,32 +61,38 @@ def _prune_model(model, calibration, method, sparsity, inplace, run):
     ctx = Context(InMemory(small, run.device), calibration, sparsity, run)
     with warnings.catch_warnings():                        # what one run has warned of is news in the next
         if sparsity > 0: kept, scores = method.run(ctx)
-    return small, _plan(method, ctx, total, kept, scores, units, fingerprint)
+    return small, _plan(method, ctx, total, kept, scores, units, fingerprint, budget)
 
-def _plan(method, ctx, total, kept, scores, units, fingerprint):
+def _plan(method, ctx, total, kept, scores, units, fingerprint, budget):
     "The plan of a run that is over; the sparsity is counted on the tensors."
     settings, text = plain_settings(method), repr(ctx.windows)
     true = 1 - ctx.linears()/total
-    return PrunePlan(method.name, settings, ctx.sparsity, kept, units, fingerprint, text, true, plain_scores(scores))
+    found = budget.met(ctx.model, kept, units)
+    return PrunePlan(method.name, settings, ctx.sparsity, kept, units, fingerprint, text, true,
+                     plain_scores(scores), budget=found)
 
 def prune(
     source, # a causal language model in evaluation mode, or the folder of a checkpoint
     calibration, # `Windows` of text the method may look at; with None, a model writes them itself
     method='recipe', # a `Method` or its name
-    sparsity=.2, # fraction of the parameters of the decoder blocks' linears to remove, in [0, 1)
+    sparsity=None, # fraction of the parameters of the decoder blocks' linears to remove, in [0, 1); 0.2 by default
     *,
+    parameters=None, # or a number of parameters of the whole model that may stay
+    bytes=None, # or a number of bytes of its weights
+    speed=None, # or a multiple of the dense speed in prefill, or a dict such as {'decode': 1.3}
     inplace=False, # prune the model itself instead of a copy
     run=None, # how it goes, a `Run`
 ):
     """A physically smaller model (or its folder), and the `PrunePlan` that made it.
     Raises `ValueError` or `OSError` for what cannot be done, before any work."""
     run = Run() if run is None else run
+    budget = Budget(sparsity, parameters, bytes, speed)
     method = as_method(method)
     method.check()
     run.check_here()
     plain_settings(method)
-    if isinstance(source, (str, Path)) and Path(source).is_dir(): return _prune_folder(source, calibration, method, sparsity, run)
-    return _prune_model(source, calibration, method, sparsity, inplace, run)
+    if isinstance(source, (str, Path)) and Path(source).is_dir(): return _prune_folder(source, calibration, method, budget, run)
+    return _prune_model(source, calibration, method, budget, inplace, run)
 
 # %% ../nbs/08_pruning.ipynb #ec9dbfd6
 def again(
@@ -258,18 +264,17 @@ def check_streams(
         raise ValueError(f'{method.name} {why} and cannot be streamed; '
                          'prune it in memory, or choose another method, for example fasp.')
 
-def _stream_into(folder, work, calibration, method, sparsity, run):
+def _stream_into(folder, work, calibration, method, budget, run):
     "Prune a checkpoint into files of `work`; its source and the plan."
     source = OnDisk(folder, work, run.dtype, run.device)
     calibration.check(source.model)
     total = n_parameters(decoder_linears(source.model).values())
-    check_multiples(method.table(source.model))
-    check_sparsity(sparsity, method.table(source.model), total)
+    sparsity = budget.share(source.model, method)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
     key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)
     ctx = Context(source, calibration, sparsity, run, StreamLog(work, key))
     kept, scores = method.run(ctx)
-    return source, _plan(method, ctx, total, kept, scores, units, key['model'])
+    return source, _plan(method, ctx, total, kept, scores, units, key['model'], budget)
 
 # %% ../nbs/08_pruning.ipynb #55562b81
 _FINISHED = r'(block|states|rest)-\d{5}\.safetensors|progress\.json'
@@ -316,17 +321,19 @@ def _copy_tokenizer(folder, out):
         of_it = file.name.startswith(_TOKENIZER) and file.suffix != '.py'
         if of_it and file.is_file(): shutil.copyfile(file, out/file.name)
 
-def _prune_folder(folder, calibration, method, sparsity, run):
+def _prune_folder(folder, calibration, method, budget, run):
     "Prune a checkpoint into another one, with one block in memory at a time; the new folder and the plan."
     if run.out is None: raise ValueError('Name the folder to make: run=Run(out=...).')
     if calibration is None:
         raise ValueError('A model that is streamed cannot write its own text; give calibration windows.')
     check_streams(method)
+    if budget.unit == 'speed':
+        raise ValueError('speed is timed on a model in memory; for a folder give a sparsity, parameters or bytes.')
     size = sum(f.stat().st_size for f in set(tensor_files(folder).values()))
     if not run.overwrite: _check_ended(Path(os.path.abspath(run.out)))
     with reserved_folder(run.out, size, run.overwrite, folder) as place:
         with _work_folder(_work(place), run.resume) as work:
-            source, plan = _stream_into(folder, work, calibration, method, sparsity, run)
+            source, plan = _stream_into(folder, work, calibration, method, budget, run)
             with atomic_folder(run.out, run.overwrite, source=folder) as tmp:
                 write_checkpoint(source, tmp)
                 _copy_tokenizer(folder, tmp)

@@ -19,8 +19,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 VALUES = ('value_channel', 'mlp_channel')
 QUICK = dict(bonsai=dict(evaluations=8, seqlen=12), surgeon=dict(shots=2, rounds=1), recipe=dict(measure_seqlen=12, shares=(.5,)))
-UNIFORM = ('random', 'magnitude', 'wanda_sp', 'taylor', 'fasp', 'depth2')      # the same width in every block
-EVERY = (*UNIFORM, 'flap', 'bonsai', 'surgeon', 'recipe')
+EVERY = ('random', 'magnitude', 'wanda_sp', 'flap', 'taylor', 'fasp', 'depth2', 'bonsai', 'surgeon', 'recipe')
 
 
 def linears(model): return n_parameters(decoder_linears(model).values())
@@ -57,19 +56,32 @@ def test_allocations_stand_on_rungs_and_meet_the_budget_to_within_one_step(case,
     table, total = case
     sparsity = share*sum(c.cost*c.groups*rungs(c)[-1] for c in table)/total
     scores = {c.name: torch.rand(c.n_units, generator=torch.Generator().manual_seed(seed)) for c in table}
-    step = {'uniform': min(sum(largest(c) for c in table if c.kind == k) for k in {c.kind for c in table}), 'global': max(map(largest, table))}
-    for name, steps in dict(uniform=uniform_steps(table, sparsity, total), globally=global_steps(table, scores, sparsity, total)).items():
+    for steps in (uniform_steps(table, sparsity, total), global_steps(table, scores, sparsity, total)):
         assert all(steps[c.name] in rungs(c) for c in table)
         assert gone(table, steps) >= sparsity*total*(1 - 1e-9) - 1e-6
-        if name == 'globally': assert gone(table, steps) <= sparsity*total + step['global'] + 1e-6
-        elif len({c.kind for c in table}) == 1: assert gone(table, steps) <= sparsity*total + step['uniform'] + 1e-6
+    assert gone(table, steps) <= sparsity*total + max(map(largest, table)) + 1e-6
 
 
 @given(tables(), st.floats(0, 1))
-def test_uniform_widths_are_equal_in_all_blocks(case, share):
+def test_uniform_widths_are_neighbouring_rungs_and_no_block_could_keep_more(case, share):
     table, total = case
-    steps = uniform_steps(table, share*sum(c.cost*c.groups*rungs(c)[-1] for c in table)/total, total)
-    for k in {c.kind for c in table}: assert len({steps[c.name] for c in table if c.kind == k}) == 1
+    needed = share*sum(c.cost*c.groups*rungs(c)[-1] for c in table)
+    steps = uniform_steps(table, needed/total, total)
+    for k in {c.kind for c in table}:
+        places = {rungs(c).index(steps[c.name]) for c in table if c.kind == k}
+        assert max(places) - min(places) <= 1
+    if needed > 1e-3 and len({c.kind for c in table}) == 1 and table[0].multiple > 1:
+        higher = [c for c in table if steps[c.name] == max(steps.values())]
+        ladder = rungs(higher[0])
+        assert gone(table, steps) - (ladder[ladder.index(max(steps.values()))] - ladder[ladder.index(max(steps.values())) - 1])*table[0].cost*table[0].groups < needed + 1e-6
+
+
+def test_widths_on_a_rung_are_equal_and_others_are_spread_over_the_depth():
+    table = [Coupling(i, 'mlp_channel', [], ('second', torch.arange(64)[:, None]), 1, 1, 16) for i in range(10)]
+    assert set(uniform_steps(table, .25, 640).values()) == {16}
+    steps = list(uniform_steps(table, .35, 640).values())                      # 224 units: four blocks of 32 and six of 16
+    assert sorted(steps) == [16]*6 + [32]*4
+    assert all(32 in steps[i:i + 4] and 16 in steps[i:i + 3] for i in range(7))
 
 
 @given(st.integers(3, 9), st.integers(1, 4), st.floats(.05, 1), st.integers(0, 99))
@@ -104,8 +116,7 @@ def test_every_method_makes_multiples_and_meets_the_budget(name, family):
         size = len(plan.kept[c.name])//c.groups
         assert size == c.n_units//c.groups or size % multiple[c.kind] == 0, (c.name, size)
     assert any(len(plan.kept[c.name]) < c.n_units for c in table if c.kind == 'mlp_channel')
-    step = sum(map(largest, (c for c in table if c.kind == 'value_channel'))) if name in UNIFORM else max(map(largest, table))
-    assert .3 <= plan.true_sparsity <= .3 + step/total + 1e-9
+    assert .3 <= plan.true_sparsity <= .3 + max(map(largest, table))/total + 1e-9
     assert plan.settings['multiple'] == multiple
     assert plan.true_sparsity == pytest.approx(1 - linears(small)/total)
 
@@ -140,3 +151,32 @@ def test_a_multiple_without_any_rung_is_refused_before_work():
     model = tiny_model('llama')
     with pytest.raises(ValueError, match='only 37 of these are together.*at most 36'): prune(model, random_tokens(model, 4, 16), FASP(multiple=64), .1)
     with pytest.raises(ValueError, match='at most .* while the smallest multiple stays everywhere'): prune(model, random_tokens(model, 4, 16), FASP(multiple=32), .3)
+
+
+# ---- what stays whole -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('keep, whole', [
+    ((0, 2), {'0.value_channel', '0.mlp_channel', '2.value_channel', '2.mlp_channel'}),
+    (('layers.1.mlp',), {'1.mlp_channel'}),
+    (('self_attn', 0), {'0.value_channel', '1.value_channel', '2.value_channel', '0.mlp_channel'}),
+    (('model.layers.2.self_attn.o_proj',), {'2.value_channel'})])
+@pytest.mark.parametrize('name', EVERY)
+def test_what_is_kept_stays_whole_with_every_method(name, keep, whole):
+    model = tiny_model('llama')
+    method = configured(name, {**QUICK.get(name, {}), 'units': VALUES, 'keep': list(keep)})
+    _, plan = prune(model, random_tokens(model, 12, 24, seed=0), method, .1)
+    assert {c.name for c in couplings(model, VALUES)} - plan.scores.keys() == whole
+    assert all(len(plan.kept.get(n, range(plan.units[n]))) == plan.units[n] for n in whole)
+    assert plan.settings['keep'] == list(keep) and plan.true_sparsity >= .1
+
+
+@pytest.mark.parametrize('keep, said', [((3,), 'keep names 3, which is in no block; .*from 0 to 2'), (('layers.9',), "keep names 'layers.9'"), (('lm_head',), "keep names 'lm_head'"),
+                                        ((0, 1, 2), 'leaves nothing to prune')])
+def test_a_name_that_keeps_nothing_or_everything_is_refused_before_work(keep, said):
+    model = tiny_model('llama')
+    with pytest.raises(ValueError, match=said): prune(model, random_tokens(model, 4, 16), FASP(keep=keep), .1)
+
+
+@pytest.mark.parametrize('wrong', [(-1,), 'layers.0', (True,), (.5,)])
+def test_keep_is_a_tuple_of_numbers_and_names(wrong):
+    with pytest.raises(ValueError, match='keep is .* it is a tuple of block numbers and names'): FASP(keep=wrong)
