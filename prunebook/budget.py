@@ -158,7 +158,7 @@ def measure_speed(
     model, # a dense causal language model in evaluation mode
     table, # couplings that may give units
     phase='prefill', # `prefill` or `decode`
-    seconds=6., # to spend
+    seconds=8., # to spend
 ):
     "A `SpeedTable` of this model on this machine."
     positions = getattr(model.config, 'max_position_embeddings', None) or 256

@@ -180,3 +180,12 @@ def test_a_name_that_keeps_nothing_or_everything_is_refused_before_work(keep, sa
 @pytest.mark.parametrize('wrong', [(-1,), 'layers.0', (True,), (.5,)])
 def test_keep_is_a_tuple_of_numbers_and_names(wrong):
     with pytest.raises(ValueError, match='keep is .* it is a tuple of block numbers and names'): FASP(keep=wrong)
+
+
+def test_heads_by_number_and_multiples_of_them_are_refused_together():
+    from prunebook.depth2 import Depth2
+    units = ('query_head', 'mlp_channel')
+    with pytest.raises(ValueError, match='n_heads and multiple both say how many of query_head go'): Depth2(units=units, n_heads=3, multiple=dict(query_head=2))
+    model = tiny_model('llama')
+    _, plan = prune(model, random_tokens(model, 6, 16), Depth2(units=units, n_heads=3, multiple=8, heads='random', restore=False), .25)
+    assert {len(k) for n, k in plan.kept.items() if 'mlp' in n} <= {8, 16, 24, 32, 37} and plan.true_sparsity >= .25
