@@ -10,6 +10,7 @@ __all__ = ['COMMANDS', 'needed_bytes', 'cmd_prune', 'cmd_eval', 'cmd_inspect', '
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -93,7 +94,12 @@ def cmd_prune(
     model:str, # smollm2-135m, a model folder, or a hub id
     out:str=None, # folder to make
     method:str='recipe', # pruning method
-    sparsity:float=.2, # fraction of the parameters of the decoder blocks' linear layers to remove
+    sparsity:float=None, # fraction of the parameters of the decoder blocks' linear layers to remove; 0.2 by default
+    parameters:str=None, # or what may stay of the whole model: a number of parameters, for example 100M
+    bytes:str=None, # or a size of its weights, for example 200MB
+    speed:str=None, # or a multiple of the dense speed in prefill, for example 1.3, or decode=1.3
+    multiple:str=None, # widths of the MLP are multiples of it; or by kind, for example mlp_channel=64,value_channel=8
+    keep:str=None, # what stays whole: numbers of blocks and names of modules, for example 0,1,layers.29.mlp
     settings:str='{}', # settings of the method as JSON, for example '{"restore": false}'
     preset:str=None, # a published form of the method, for example published; the settings differ from it
     # calibration text: wikitext2, passages, random, self, a file of text or JSON Lines,
@@ -128,10 +134,11 @@ def cmd_prune(
     from dataclasses import replace
     from prunebook.models import default_device
     if out is None: raise ValueError('Name the folder to make with --out.')
-    if not 0 <= sparsity < 1:
+    if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
     run = _run_of(batch_size, log, lean)
-    method, bos = _method(method, settings, preset), _bos(bos)
+    budget = _budget(sparsity, parameters, bytes, speed)
+    method, bos = _method(method, settings, multiple, keep, preset), _bos(bos)
     if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
     asked = _tasks(tasks, limit), limit
     if resume and not stream:
@@ -144,17 +151,17 @@ def cmd_prune(
         text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=bos)
         where = dict(device=str(device or default_device()), dtype=_dtype(dtype, device))
         run = replace(run, **where, out=out, resume=resume, overwrite=force)
-        shown = _streamed(model, method, sparsity, text, run, json) if _is_first() else ''
+        shown = _streamed(model, method, budget, text, run, json) if _is_first() else ''
         return print(shown) if _is_first() else None
-    with _place(out, model, sparsity, device, dtype, force):
+    with _place(out, model, sparsity or 0, device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust_remote_code)
         calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n, bos)
-        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, sparsity, report, run, asked)
+        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, budget, report, run, asked)
         shown = _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, **took), states)
     if _is_first(): print(shown)
 
 # %% ../nbs/99_cli.ipynb #5t7ea002
-def _streamed(model, method, sparsity, text, run, as_json):
+def _streamed(model, method, budget, text, run, as_json):
     "Prune a checkpoint folder into another one; the words that say so."
     from prunebook.models import readable
     from prunebook.pruning import check_streams, prune
@@ -173,14 +180,14 @@ def _streamed(model, method, sparsity, text, run, as_json):
     net = skeleton(model, run.dtype)
     calibration = load_windows(model=net, tokenizer=tokenizer, **text)
     _say(f'Calibration: {calibration!r}')
-    _say(_estimate(net, method, calibration, sparsity, run, streamed=True))
+    _say(_estimate(net, method, calibration, budget, run, streamed=True))
     _say(f'Pruning with {method}, one block at a time ...')
-    try: _, plan = prune(model, calibration, method, sparsity, run=run)
+    try: _, plan = prune(model, calibration, method, **budget, run=run)
     except KeyboardInterrupt as e:
         kept = f'finished blocks are kept beside {run.out}'
         raise type(e)(f'{kept}; the same command with --resume goes on.') from None
     done = dict(method=plan.method, sparsity=plan.sparsity, true_sparsity=plan.true_sparsity,
-                model=portable(model))
+                model=portable(model), budget=plan.budget)
     if as_json: return strict_json({**done, 'folder': str(run.out)})
     return f'{plan!r}\nSaved in {run.out}.'
 
@@ -216,15 +223,35 @@ def _place(out, model, sparsity, device, dtype, force):
     except KeyboardInterrupt as e: raise type(e)(_left(out, before)) from None
 
 # %% ../nbs/99_cli.ipynb #572e15c9
-def _method(name, settings, preset=None):
-    "A method by name, with settings from a JSON string. Raises `ValueError` for settings that cannot be."
+def _method(name, settings, multiple=None, keep=None, preset=None):
+    "A method by name, with settings from JSON and from options. Raises `ValueError` for settings that cannot be."
     from prunebook.methods import configured
     try: values = json.loads(settings)
     except (ValueError, RecursionError) as e:
         raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
     if not isinstance(values, dict):
         raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
-    return configured(name, values, preset)
+    options = dict(multiple=multiple and _by_name(multiple, 'multiple', _whole), keep=keep and _kept(keep))
+    given = {k: v for k, v in options.items() if v is not None}
+    if twice := set(given) & set(values):
+        raise ValueError(f'{min(twice)} is given twice, by --{min(twice)} and in --settings; give it once.')
+    return configured(name, {**values, **given}, preset)
+
+def _whole(word): return int(word)
+
+def _by_name(words, option, number):
+    "The number in `words`, or a dict of those in a list of name=number. Raises `ValueError` for other words."
+    try:
+        if '=' not in words: return number(words)
+        pairs = [part.split('=') for part in words.split(',')]
+        return {name.strip(): number(value) for name, value in pairs}
+    except ValueError:
+        example = dict(multiple='64 or mlp_channel=64,value_channel=8', speed='1.3 or decode=1.3')[option]
+        raise ValueError(f'--{option} is {words!r}; write it like {example}.') from None
+
+def _kept(words):
+    "Numbers of blocks and names of modules from a list with commas."
+    return [int(w) if w.isdigit() else w for w in (part.strip() for part in words.split(',')) if w]
 
 def _run_of(batch_size, log, lean):
     "A `Run` from options. Raises `ValueError` for a value that cannot be."
@@ -232,6 +259,28 @@ def _run_of(batch_size, log, lean):
     run = Run(batch_size=batch_size, log=log, lean=lean)
     run.check_here()
     return run
+
+# %% ../nbs/99_cli.ipynb #c99a0002
+_THOUSANDS = dict(K=1e3, M=1e6, B=1e9, G=1e9, T=1e12)
+_BYTES = {**{f'{k}B': v for k, v in _THOUSANDS.items() if k != 'B'}, 'B': 1,
+          'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30, 'TIB': 2**40}
+
+def _size(word, option, units):
+    "A number with a unit, for example 100M. Raises `ValueError` for another word."
+    found = re.fullmatch(r'([0-9.]+(?:e[0-9]+)?) *([a-z]*)', word.strip(), re.IGNORECASE)
+    try:
+        if found: return float(found[1])*(units[found[2].upper()] if found[2] else 1)
+    except (KeyError, ValueError): pass
+    raise ValueError(f'--{option} is {word!r}; it is a number, perhaps with {", ".join(units)} behind it.')
+
+def _budget(sparsity, parameters, size, speed):
+    "What `prune` takes, by name. Raises `ValueError` for a budget that cannot be."
+    from prunebook.budget import Budget
+    found = dict(sparsity=sparsity, parameters=parameters and _size(parameters, 'parameters', _THOUSANDS),
+                 bytes=size and _size(size, 'bytes', _BYTES), speed=speed and _by_name(speed, 'speed', float))
+    found = {k: v for k, v in found.items() if v is not None}
+    Budget(**found)
+    return found
 
 # %% ../nbs/99_cli.ipynb #339df24a
 def _bos(word):
@@ -247,9 +296,11 @@ def _windows(model, tokenizer, source, n, seqlen, seed, eval_n, bos):
     return (load_windows(source, model, tokenizer, n, seqlen, seed, bos=bos),
             load_windows(held_out, model, tokenizer, eval_n, seqlen, evaluation=True, bos=bos))
 
-def _estimate(model, method, windows, sparsity, run, streamed=False):
-    "One line about memory and work, from shapes alone."
+def _estimate(model, method, windows, budget, run, streamed=False):
+    "One line about memory and work, from shapes alone; for a speed, which is timed later, at 20 %."
+    from prunebook.budget import Budget
     from prunebook.estimate import estimate
+    sparsity = .2 if 'speed' in budget else Budget(**budget).share(model, method)
     how = dict(inplace=True, streamed=streamed)
     w = estimate(model, method, windows.ids.numel(), sparsity, run, windows.seqlen, **how)
     work = f'{w["flops"]/1e12:.1f} TFLOP, {w["flops"]/w["forward_flops"]:.1f} times a forward pass'
@@ -262,18 +313,18 @@ def _state(model, tokenizer, windows, which, asked):
     _say(f'Measuring the {which} model on {windows!r} ...')
     return State.of(model, tokenizer, {windows.source: windows}, *asked)
 
-def _pruned(net, tokenizer, calibration, test, method, sparsity, report, run, asked=()):
+def _pruned(net, tokenizer, calibration, test, method, budget, report, run, asked=()):
     "The pruned model, its plan, what it took, and for a report the states before and after and the speeds."
     from copy import deepcopy
     from prunebook.pruning import prune
     from prunebook.record import paired_speed, timed, timed_forward
     _say(f'Calibration: {calibration!r}')
-    _say(_estimate(net, method, calibration, sparsity, run))
+    _say(_estimate(net, method, calibration, budget, run))
     before = _state(net, tokenizer, test, 'dense', asked) if report else None
     _say(f'Pruning with {method} ...')
     forward = timed_forward(net, calibration) if report else None
     target = deepcopy(net) if report else net
-    pruning = lambda: prune(target, calibration, method, sparsity, inplace=True, run=run)
+    pruning = lambda: prune(target, calibration, method, **budget, inplace=True, run=run)
     (small, plan), seconds, extra = timed(pruning, net.device, forward)
     took = dict(seconds=seconds, peak_extra_bytes=extra)
     if not report: return small, plan, took, None
@@ -308,7 +359,7 @@ def _finish(model, tokenizer, plan, out, force, as_json, took, states):
         copy_files(took['name'], folder)                   # how pictures become numbers
         if states: _report(folder, plan, record, *states)
     save_pruned(model, plan, out, tokenizer, force, add)
-    if as_json: return strict_json({**json.loads(record.text()), 'folder': str(out)})
+    if as_json: return strict_json({**json.loads(record.text()), 'budget': plan.budget, 'folder': str(out)})
     table = (Path(out)/'report.md').read_text(encoding='utf-8') if states else repr(plan)
     return '\n'.join([table, *_words(Path(out), record, bool(states))])
 

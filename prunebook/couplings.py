@@ -296,6 +296,7 @@ class Coupling:
     second: tuple # pair (module name, column indices (units, columns))
     cost: int # parameters that leave with one unit
     groups: int = 1 # consecutive groups of units; the same number must remain in each
+    multiple: int = 1 # as many units stay in each group as a multiple of it, or all
 
     @property
     def name(self): return f'{self.layer}.{self.kind}'

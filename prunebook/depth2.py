@@ -352,6 +352,8 @@ def check(self:Depth2):
                          'choose form "paper" or "code".')
     asked = self._asked()
     if len(asked) > 1: raise ValueError(f'{" and ".join(asked)} both say how many heads go; give one.')
+    named = set(self.multiple if isinstance(self.multiple, dict) else []) & set(_whole_heads(self.units))
+    if asked and named: raise ValueError(f'{asked[0]} and multiple both say how many of {min(named)} go; give one.')
     if asked and not _whole_heads(self.units):
         raise ValueError(f'{asked[0]} is given, but units {self.units} hold no heads; '
                          'add "query_head" or "kv_group".')

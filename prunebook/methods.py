@@ -8,13 +8,13 @@ __all__ = ['METHODS', 'MODULES', 'TOKENS_PER_COLUMN', 'setting', 'check_setting'
 
 # %% ../nbs/06_methods.ipynb #c1665bc0
 import importlib, math, warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_origin
 import torch
 from fastcore.basics import patch
 from transformers.pytorch_utils import Conv1D
-from .couplings import anatomy, couplings, family_of
-from .models import blocks, check_writable, text_config
+from .couplings import UNITS, anatomy, couplings, family_of
+from .models import blocks, check_writable, decoder_linears, text_config
 from .plan import check_type, uniform_steps
 from .repair import Ridge, damp_for
 from .text import self_generated
@@ -45,12 +45,14 @@ def _widened(declared):
     if declared is float: return float | int
     if declared is tuple: return tuple | list
     if get_origin(declared) is tuple: return declared | list[get_args(declared)[0]]
+    if get_origin(declared) is dict: return declared
     wider = [_widened(t) for t in get_args(declared)] if get_origin(declared) is not Literal else []
     for t in wider: declared = declared | t
     return declared
 
 def _bounded(value, least=None, most=None, below=None, **_):
-    "Whether a number, or each number of a tuple, lies within bounds."
+    "Whether a number, or each number of a tuple or a dict, lies within bounds."
+    if isinstance(value, dict): value = [*value.values()]
     several = value if isinstance(value, (tuple, list)) else [value]
     numbers = [n for n in several if isinstance(n, (int, float))]
     if any(isinstance(n, float) and not math.isfinite(n) for n in numbers): return False
@@ -141,6 +143,8 @@ class Method:
     damp: float = setting(None, least=0, is_a='a fraction, at least 0, or None') # ridge; `damp_for(tokens)` by default
     towards: Literal['weights', 'zero'] = 'weights' # what the ridge pulls to
     ridge: Literal['mean', 'own'] = 'mean' # `damp` is a fraction of the mean power, or of each channel's own
+    multiple: int | dict[str, int] = setting(1, least=1, is_a='a number, or a dict of kind of unit -> number') # widths are multiples: of the MLP, or of the kinds named, counted in each group
+    keep: tuple[int | str, ...] = setting((), least=0, is_a='a tuple of block numbers and names of modules') # what stays whole
     spare: tuple[int, ...] = setting((0, 0), least=0, is_a='two numbers of blocks') # first and last blocks that stay whole
 
     name = None # what the method is called
@@ -184,6 +188,36 @@ def check(self:Method):
     for f in fields(self): check_setting(f, getattr(self, f.name))
     if len(self.spare) != 2:
         raise ValueError(f'spare is {self.spare!r}; it is two numbers of blocks, for example (4, 2).')
+    if isinstance(self.multiple, dict) and (unknown := set(self.multiple) - set(self.units)):
+        raise ValueError(f'multiple names {min(unknown)}, but the units are {", ".join(self.units)}.')
+    known = [UNITS[k] for k in self.units if k in UNITS]
+    if self.multiple != 1 and not isinstance(self.multiple, dict) and known and all(u.part != 'mlp' for u in known):
+        raise ValueError(f'multiple is {self.multiple!r}, a width of the MLP, but the units are '
+                         f'{", ".join(self.units)}; name the kind, for example {{"{known[0].name}": 8}}.')
+
+def _means(which, layer, module):
+    "Whether a block number, or a part of a module name such as `layers.3.mlp`, means a module of a block."
+    return which == layer if isinstance(which, int) else f'.{which}.' in f'.{module}.'
+
+def _without(table, keep, model):
+    "Couplings that nothing in `keep` means. Raises `ValueError` for what means no module, and if none is left."
+    modules = [(b.layer, n) for b in anatomy(model) for n in decoder_linears(model) if n.startswith(f'{b.name}.')]
+    for k in keep:
+        if not any(_means(k, *m) for m in modules):
+            raise ValueError(f'keep names {k!r}, which is in no block; it names blocks by their numbers, '
+                             f'from 0 to {modules[-1][0]}, and modules, for example {modules[-1][1]!r}.')
+    parts = lambda c: [c.second[0], *(n for n, _ in c.firsts)]
+    left = [c for c in table if not any(_means(k, c.layer, n) for k in keep for n in parts(c))]
+    if table and not left: raise ValueError(f'keep {tuple(keep)} leaves nothing to prune.')
+    return left
+
+@patch
+def multiple_of(self:Method,
+    unit, # a kind of unit from `UNITS`
+):
+    "As many units stay in each group as a multiple of this, or all."
+    if isinstance(self.multiple, dict): return self.multiple.get(unit.name, 1)
+    return self.multiple if unit.part == 'mlp' else 1      # heads are few, and small
 
 @patch
 def settings(self:Method):
@@ -201,7 +235,8 @@ def table(self:Method,
     n = len(anatomy(model))
     if first + last >= n: raise ValueError(f'spare {(first, last)} leaves none of the {n} blocks to prune.')
     every = couplings(model, self.units if units is None else units)
-    return [c for c in every if first <= c.layer < n - last]
+    if self.keep: every = _without(every, self.keep, model)
+    return [replace(c, multiple=self.multiple_of(c.unit)) for c in every if first <= c.layer < n - last]
 
 @patch
 def own_windows(self:Method, model):

@@ -14,11 +14,12 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from .budget import Budget
 from .couplings import anatomy, couplings, slice_units
 from .methods import Run, as_method, check_prunable
 from .models import atomic_folder, check_finite, decoder_linears, is_complete, n_parameters
 from .models import reserved_folder, write_manifest
-from .plan import PrunePlan, check_sparsity, model_fingerprint, write_atomic
+from .plan import PrunePlan, model_fingerprint, write_atomic
 from .save import fits_stock_class, name_classes, saved_config
 from .sources import InMemory, OnDisk, block_file, save_tensors
 from .stream import Context, run_key
@@ -44,23 +45,23 @@ def plain_scores(
     return {n: [plain(x) for x in s.tolist()] for n, s in scores.items()}
 
 # %% ../nbs/08_pruning.ipynb #l15p0002
-def _plan(method, ctx, total, kept, scores, units, fingerprint):
+def _plan(method, ctx, total, kept, scores, units, fingerprint, budget):
     "The plan of a run that is over; the sparsity is counted on the tensors."
     settings, text = plain_settings(method), repr(ctx.windows)
     true = 1 - method.parameters_left(ctx)/total
     return PrunePlan(method.name, settings, ctx.sparsity, kept, units, fingerprint, text, true, plain_scores(scores),
-                     preset=method.preset)
+                     preset=method.preset, budget=budget.met(ctx.model, kept, units))
 
 # %% ../nbs/08_pruning.ipynb #l15p0005
-def _prune_model(model, calibration, method, sparsity, inplace, run):
+def _prune_model(model, calibration, method, budget, inplace, run):
     "The smaller model and its plan."
     if run.out is not None or run.resume:
         raise ValueError('out and resume belong to a source that is a folder; save a pruned model with save_pruned.')
     check_prunable(model)
     total = n_parameters(decoder_linears(model).values())
-    check_sparsity(sparsity, method.table(model), total)
     if calibration is not None: calibration.check(model)
     check_finite(model)
+    sparsity = budget.share(model, method)
     if calibration is None: calibration = method.own_windows(model)
     method.check_text(method.table(model), calibration)
     units = {c.name: c.n_units for c in couplings(model, method.units)}
@@ -70,27 +71,31 @@ def _prune_model(model, calibration, method, sparsity, inplace, run):
     ctx = Context(InMemory(small, run.device), calibration, sparsity, run)
     with warnings.catch_warnings():                        # what one run has warned of is news in the next
         if sparsity > 0: kept, scores = method.run(ctx)
-    return small, _plan(method, ctx, total, kept, scores, units, fingerprint)
+    return small, _plan(method, ctx, total, kept, scores, units, fingerprint, budget)
 
 # %% ../nbs/08_pruning.ipynb #d68abf4d
 def prune(
     source, # a causal language model in evaluation mode, or the folder of a checkpoint
     calibration, # `Windows` of text the method may look at; with None, a model writes them itself
     method='recipe', # a `Method` or its name
-    sparsity=.2, # fraction of the parameters of the decoder blocks' linears to remove, in [0, 1)
+    sparsity=None, # fraction of the parameters of the decoder blocks' linears to remove, in [0, 1); 0.2 by default
     *,
+    parameters=None, # or a number of parameters of the whole model that may stay
+    bytes=None, # or a number of bytes of its weights
+    speed=None, # or a multiple of the dense speed in prefill, or a dict such as {'decode': 1.3}
     inplace=False, # prune the model itself instead of a copy
     run=None, # how it goes, a `Run`
 ):
     """A physically smaller model (or its folder), and the `PrunePlan` that made it.
     Raises `ValueError` or `OSError` for what cannot be done, before any work."""
     run = Run() if run is None else run
+    budget = Budget(sparsity, parameters, bytes, speed)
     method = as_method(method)
     method.check()
     run.check_here()
     plain_settings(method)
-    if isinstance(source, (str, Path)) and Path(source).is_dir(): return _prune_folder(source, calibration, method, sparsity, run)
-    return _prune_model(source, calibration, method, sparsity, inplace, run)
+    if isinstance(source, (str, Path)) and Path(source).is_dir(): return _prune_folder(source, calibration, method, budget, run)
+    return _prune_model(source, calibration, method, budget, inplace, run)
 
 # %% ../nbs/08_pruning.ipynb #l15p0021
 _OF_A_RUN = ('batch_size', 'device', 'store', 'log', 'state', 'checkpoint', 'reuse')
@@ -312,16 +317,16 @@ def _untouched(source, units):
         source.close(b)
     return {n: list(range(k)) for n, k in units.items()}, {}
 
-def _stream_into(source, calibration, method, sparsity, run):
+def _stream_into(source, calibration, method, budget, run):
     "Prune a checkpoint into files beside the output; the plan."
     total = n_parameters(decoder_linears(source.model).values())
-    check_sparsity(sparsity, method.table(source.model), total)
+    sparsity = budget.share(source.model, method)
     method.check_text(method.table(source.model), calibration)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
     key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)
     ctx = Context(source, calibration, sparsity, run, StreamLog(source.out, key))
     kept, scores = method.run(ctx) if sparsity > 0 else _untouched(source, units)
-    return _plan(method, ctx, total, kept, scores, units, key['model'])
+    return _plan(method, ctx, total, kept, scores, units, key['model'], budget)
 
 # %% ../nbs/08_pruning.ipynb #55562b81
 _FINISHED = r'(block|states|rest)-\d{5}\.safetensors|progress\.json'
@@ -394,12 +399,14 @@ def _there(work, resume):
     return sum(f.stat().st_size for f in work.glob('*')) if resume and work.is_dir() else 0
 
 # %% ../nbs/08_pruning.ipynb #l15p0018
-def _prune_folder(folder, calibration, method, sparsity, run):
+def _prune_folder(folder, calibration, method, budget, run):
     "Prune a checkpoint into another one, with one block in memory at a time; the new folder and the plan."
     if run.out is None: raise ValueError('Name the folder to make: run=Run(out=...).')
     if calibration is None:
         raise ValueError('A model that is streamed cannot write its own text; give calibration windows.')
     check_streams(method)
+    if budget.unit == 'speed':
+        raise ValueError('speed is timed on a model in memory; for a folder give a sparsity, parameters or bytes.')
     work = _work(Path(os.path.abspath(run.out)))
     if not run.overwrite: _check_ended(Path(os.path.abspath(run.out)))
     source = OnDisk(folder, work, run.dtype, run.device)
@@ -407,7 +414,7 @@ def _prune_folder(folder, calibration, method, sparsity, run):
     room = _weights(source.model) + waiting_bytes(source, calibration, method.needs) - _there(work, run.resume)
     with reserved_folder(run.out, room, run.overwrite, folder):
         with _work_folder(work, run.resume):
-            plan = _stream_into(source, calibration, method, sparsity, run)
+            plan = _stream_into(source, calibration, method, budget, run)
             with atomic_folder(run.out, run.overwrite, source=folder) as tmp:
                 write_checkpoint(source, tmp)
                 copy_files(folder, tmp, _TOKENIZER + _PROCESSOR)

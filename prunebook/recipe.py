@@ -308,7 +308,7 @@ def _probes(self:Recipe,
 @patch
 def _probe_key(self:Recipe, ctx):
     "What decides the probes, as plain values."
-    later = ('allocation', 'trust', 'interaction')         # what comes after them
+    later = ('allocation', 'trust', 'interaction', 'multiple')             # what comes after them
     what = {k: v for k, v in self.settings().items() if k not in later}
     return run_key(ctx.source, ctx.windows, **what)
 

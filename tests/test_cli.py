@@ -187,6 +187,33 @@ def test_a_second_run_needs_force(folders, run, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ['small']
 
 
+def test_prune_to_a_budget_with_multiples_and_what_stays(folders, run, tmp_path):
+    args = ['prune', folders['dense'], '--method', 'fasp', '--text', 'random', '--n', '3', '--seqlen', '32', '--dtype', 'float32', '--multiple', '8', '--keep', '0,layers.2.self_attn',
+            '--settings', '{"units": ["value_channel", "mlp_channel"]}']
+    code, out, err = run(*args, '--parameters', '20.5K', '--out', tmp_path/'small', '--json')
+    assert code == 0, err
+    small, _, plan = load_pruned(tmp_path/'small', device='cpu')
+    found = strict(out)['budget']['parameters']
+    assert found == dict(asked=20500, true=sum(p.numel() for p in small.parameters())) and .98*20500 <= found['true'] <= 20500
+    assert {len(k) for n, k in plan.kept.items() if n in ('1.mlp_channel', '2.mlp_channel')} <= {8, 16, 24, 32, 37}
+    assert all(len(plan.kept.get(n, range(plan.units[n]))) == plan.units[n] for n in ('0.mlp_channel', '0.value_channel', '2.value_channel'))
+    assert (plan.settings['multiple'], plan.settings['keep']) == (8, [0, 'layers.2.self_attn'])
+
+
+def test_prune_to_a_speed_prints_what_was_predicted(folders, run, tmp_path, monkeypatch):
+    from prunebook.budget import SpeedTable
+    table = SpeedTable('decode', 1., 1., 3, dict(mlp_channel=[(1., .8)]))       # as some machine would measure it
+    monkeypatch.setattr('prunebook.budget.measure_speed', lambda model, couplings, phase: table)
+    code, out, err = run('prune', folders['dense'], '--method', 'fasp', '--text', 'random', '--n', '3', '--seqlen', '32', '--speed', 'decode=1.2', '--out', tmp_path/'fast')
+    assert code == 0, err
+    assert 'speed in decode: 1.2' in out and 'predicted, 1.2 asked' in out
+
+
+def test_sizes_are_read_with_their_units():
+    assert [cli._size(w, 'bytes', cli._BYTES) for w in ('5', '5B', '1.5kB', '2MB', '2 MiB', '1gb', '1e3KB')] == [5, 5, 1500, 2e6, 2**21, 1e9, 1e6]
+    assert [cli._size(w, 'parameters', cli._THOUSANDS) for w in ('100M', '1.5b', '100e6')] == [1e8, 1.5e9, 1e8]
+
+
 def test_a_model_cannot_take_its_own_place(folders, run, tmp_path, tiny_tokenizer, untouched):
     save_pruned(tiny_model('llama'), None, tmp_path/'m', tiny_tokenizer)
     code, _, err = run('prune', tmp_path/'m', '--out', tmp_path/'m', '--force', '--text', 'random', '--n', '2', '--seqlen', '16')
@@ -224,6 +251,17 @@ MISTAKES = dict(
     sparsity_high=(['--sparsity', '1.5'], 'sparsity is 1.5; it is a fraction'),
     sparsity_low=(['--sparsity', '-0.5'], 'sparsity is -0.5'),
     sparsity_nan=(['--sparsity', 'nan'], 'sparsity is nan'),
+    two_budgets=(['--sparsity', '.2', '--parameters', '10K'], 'sparsity and parameters both say how much goes'),
+    parameters_no_number=(['--parameters', '10 apples'], "--parameters is '10 apples'; it is a number, perhaps with K, M"),
+    bytes_no_number=(['--bytes', '1.2.3MB'], "--bytes is '1.2.3MB'"),
+    bytes_unreachable=(['--bytes', '1KB'], 'bytes 1,000 cannot be reached with mlp_channel, value_channel:'),
+    speed_no_number=(['--speed', 'fast'], "--speed is 'fast'; write it like 1.3 or decode=1.3"),
+    speed_slow=(['--speed', '.5'], 'speed is 0.5; it is a multiple of the dense speed, above 1'),
+    multiple_no_number=(['--multiple', 'mlp_channel=wide'], "--multiple is 'mlp_channel=wide'; write it like 64"),
+    multiple_unknown=(['--multiple', 'mlp=8'], 'multiple names mlp, but the units are'),
+    multiple_too_large=(['--multiple', '64'], 'only 37 of these are together'),
+    multiple_twice=(['--multiple', '8', '--settings', '{"multiple": 8}'], 'multiple is given twice'),
+    keep_nothing=(['--keep', 'layers.7'], "keep names 'layers.7', which is in no block"),
     sparsity_unreachable=(['--sparsity', '.9'], 'cannot be reached with mlp_channel, value_channel: at most 0.6'),
     bos=(['--bos', 'maybe'], "--bos is 'maybe'; it is auto, yes, no"),
     text=(['--text', 'no-such-file.txt'], "'no-such-file.txt' is neither"),
