@@ -18,7 +18,7 @@ from .load import _config_and_class, is_ours
 from .models import MANIFEST, _check_room, _flush, _parents, _small_model_folder
 from .models import check_writable, damage, readable
 from .plan import PrunePlan, check_numbers, write_atomic
-from .sources import _check_names, _saved_name, read_tensor, skeleton, tensor_files
+from .sources import _check_names, _saved_names, read_tensor, skeleton, tensor_files
 
 # %% ../nbs/85_export.ipynb #exa9df72
 def interleaved(
@@ -361,7 +361,7 @@ def _opened(
     """The model on `meta`, and a function that reads its tensors.
     Raises `ValueError` for tensors that are not those of the model."""
     with readable(folder): model, files = _shape_of(folder)
-    saved = {n: _saved_name(model, files, n) for n in model.state_dict()}
+    saved = _saved_names(model, files)
     _check_names(model, files, saved)
     return model, lambda name: read_tensor(files, saved[name])
 
