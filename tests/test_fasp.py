@@ -323,7 +323,8 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
 def test_names_and_defaults():
     m = as_method('fasp')
     assert type(m) is FASP and m == FASP() and METHODS['fasp'] is FASP and as_method(m) is m
-    assert m.settings() == dict(units=['mlp_channel'], restore=True, damp=None, towards='weights', ridge='own', spare=[0, 0])
+    assert m.settings() == dict(units=['mlp_channel'], restore=True, damp=None, towards='weights', ridge='own',
+                                multiple=1, keep=[], spare=[0, 0])
     small, plan = prune(tiny_model('llama'), windows(2, 16), 'fasp')
     assert (plan.method, plan.sparsity, plan.settings) == ('fasp', .2, m.settings()) and plan.calibration == repr(windows(2, 16))
     assert random_tokens(small, 2, 8).ids.max() < 97
