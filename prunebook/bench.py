@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -326,6 +326,11 @@ def run_cell(
     return Record.of(plan, small, cell.model, **what, **took, **states)
 
 # %% ../nbs/80_bench.ipynb #125ad217
+def _unsaid():
+    "Entries of a cell that have defaults."
+    return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(Cell)
+            if f.default is not MISSING or f.default_factory is not MISSING}
+
 def finished(
     cell, # a `Cell`
     out, # folder of results
@@ -335,6 +340,7 @@ def finished(
     if not path.exists(): return None
     found = asdict(Record.read(path))
     had, want = found['cell'], json.loads(json.dumps(asdict(cell)))
+    if isinstance(had, dict): had = {**_unsaid(), **had}   # records may be older than an entry
     if not isinstance(had, dict):
         raise ValueError(f'{path} is not the result of a cell; delete it or choose another folder.')
     if other := [k for k in want if k != 'parts' and had.get(k) != want[k]]:

@@ -268,12 +268,13 @@ def _link(file, new):
     try: os.link(file, new)
     except OSError: shutil.copyfile(file, new)
 
-def _outside(source, dtype):
+def _outside(source, dtype, stock):
     "Write each tensor that belongs to no block to a file of its own; the files."
+    named = source.kept_name if stock else lambda name: name    # our own classes rename nothing
     files = []
     for i, name in enumerate(source.outside()):
         files.append(source.out/f'rest-{i:05d}.safetensors')
-        save_tensors({source.kept_name(name): source.read(name).to(dtype)}, files[-1])
+        save_tensors({named(name): source.read(name).to(dtype)}, files[-1])
     return files
 
 def write_checkpoint(
@@ -283,7 +284,8 @@ def write_checkpoint(
     "Write weights, index, configuration and, where the widths ask for it, the modelling file."
     dtype = source.model.dtype
     source.model.to('meta')                                # what is outside of blocks is read again, one by one
-    parts = [*_outside(source, dtype), *[source.file(b) for b in anatomy(source.model)]]
+    stock = fits_stock_class(source.model)
+    parts = [*_outside(source, dtype, stock), *[source.file(b) for b in anatomy(source.model)]]
     weight_map, size = {}, 0
     for i, part in enumerate(parts, 1):
         name = f'model-{i:05d}-of-{len(parts):05d}.safetensors'
@@ -292,7 +294,6 @@ def write_checkpoint(
         size += part.stat().st_size
     index = dict(metadata=dict(total_size=size), weight_map=weight_map)
     (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=1), encoding='utf-8')
-    stock = fits_stock_class(source.model)
     config = saved_config(source.model, stock)
     config.dtype = dtype
     config.save_pretrained(folder)
