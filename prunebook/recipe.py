@@ -423,7 +423,8 @@ def _turn_work(job, p):
     "Values, second moments and inputs in another basis (`Visit.turn`)."
     b, d, f = p.block, job.d, p.f
     products = est.linear(2*f, f, f) + est.linear(f, f, job.tokens) + est.Work(2*f**3) + est.linear(f, f, d) + est.linear(b.kv_heads*b.value_dim, b.value_dim, d)
-    return products + est.brief(40*f*f + 16*d*f) + est.brief(est.inputs(job, f) + 8*job.batch*f)
+    weights = est.brief(32*f*f + 24*d*b.kv_heads*b.value_dim) + est.brief(40*f*f + 16*d*f)   # of values, and of outputs
+    return products + weights + est.brief(est.inputs(job, f) + 8*job.batch*f)
 
 # %% ../nbs/70_recipe.ipynb #e09a0001
 @patch
