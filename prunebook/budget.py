@@ -8,6 +8,7 @@ __all__ = ['UNITS_OF_BUDGET', 'PHASES', 'Budget', 'size_in', 'SpeedTable', 'meas
 # %% ../nbs/07a_budget.ipynb #b07a0004
 import copy, math
 from dataclasses import dataclass, field, fields
+from statistics import median
 from time import perf_counter, process_time
 import numpy as np
 import torch
@@ -122,10 +123,9 @@ def _some_rungs(coupling, shares=(.25, .5, .75)):
     return sorted({min(ladder, key=lambda k: abs(k - s*n)) for s in shares} | {ladder[-1]}) if ladder else []
 
 # %% ../nbs/07a_budget.ipynb #b07a0023
-def _works(model, table, tokens):
-    "What is timed: a function for what is outside of blocks, and functions for blocks by (kind, share that left)."
+def _works(model, table, ids):
+    "What is timed: a block, what is outside of blocks, the whole model, and blocks by (kind, share that left)."
     one = [c for c in table if c.layer == table[len(table)//2].layer]          # couplings of one block
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     state, calls = record_calls(model, ids)
     args, kw = calls[one[0].layer]
     layers = blocks(model)[1]
@@ -133,10 +133,11 @@ def _works(model, table, tokens):
     def outside():
         with replaced([(l, lambda hidden_states, *args, **kw: hidden_states) for l in layers]):
             model(ids, use_cache=False, logits_to_keep=1)
-    works = {('dense', 0.): run(layers[one[0].layer])}
+    whole = lambda: model(ids, use_cache=False, logits_to_keep=1)
+    works = {'dense': run(layers[one[0].layer]), 'outside': outside, 'whole': whole}
     for c in one:
         for k in _some_rungs(c): works[c.kind, k*c.groups/c.n_units] = run(_narrower(model, c, k))
-    return outside, works
+    return works
 
 def _seconds(f, device):
     "What `f()` takes: time on the clock; of the process where it has one thread on a processor."
@@ -145,29 +146,36 @@ def _seconds(f, device):
     f()
     return process_time() - start
 
-def _shortest(works, device, seconds):
-    "Shortest time of each of some functions, run in turn for so long, and at least three times."
-    best, start, rounds = dict.fromkeys(works, math.inf), perf_counter(), 0
-    while rounds < 3 or perf_counter() - start < seconds and rounds < 300:
-        for k, f in works.items(): best[k] = min(best[k], _seconds(f, device))
-        rounds += 1
-    return best
+def _in_turn(works, device, seconds, fewest=3):
+    "Median seconds of the `dense` one of some functions, and of all in multiples of it, timed in turn for so long."
+    other, rounds, start = torch.zeros(2**24, device=device), [], perf_counter()   # 64 MiB, more than most caches
+    while len(rounds) <= fewest or perf_counter() - start < seconds and len(rounds) < 300:
+        found = {}
+        for k, f in works.items():
+            other.add_(1)
+            found[k] = max(_seconds(f, device), 1e-9)
+        rounds.append(found)
+    rounds = rounds[1:]                                    # the first warms up
+    return median(r['dense'] for r in rounds), {k: median(r[k]/r['dense'] for r in rounds) for k in works}
 
 @torch.no_grad()
 def measure_speed(
     model, # a dense causal language model in evaluation mode
     table, # couplings that may give units
     phase='prefill', # `prefill` or `decode`
-    seconds=8., # to spend
+    seconds=10., # to spend
 ):
     "A `SpeedTable` of this model on this machine."
     positions = getattr(model.config, 'max_position_embeddings', None) or 256
-    outside, works = _works(model, table, min(256, positions) if phase == 'prefill' else 1)
-    outside = _shortest({'outside': outside}, model.device, seconds/6)['outside']
-    best = _shortest(works, model.device, seconds*5/6)     # dense and narrow in turn
-    block, saved = best.pop(('dense', 0.)), {}
-    for (kind, share), t in best.items(): saved.setdefault(kind, []).append((share, block - t))
-    return SpeedTable(phase, outside, block, len(blocks(model)[1]), saved)
+    tokens = min(256, positions) if phase == 'prefill' else 1
+    n, ids = len(blocks(model)[1]), torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    works = _works(model, table, ids)
+    alone, times = _in_turn(works, model.device, seconds)
+    whole, outside = times['whole'], min(times['outside'], .9*times['whole'])
+    saved = {}
+    for kind, share in (k for k in works if isinstance(k, tuple)):
+        saved.setdefault(kind, []).append((share, alone*(1 - times[kind, share])))
+    return SpeedTable(phase, alone*outside, alone*(whole - outside)/n, n, saved)
 
 # %% ../nbs/07a_budget.ipynb #b07a0027
 @patch
