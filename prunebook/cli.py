@@ -163,8 +163,11 @@ def _streamed(model, method, sparsity, text, run, as_json):
     check_streams(method)
     with readable(model):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
-    calibration = load_windows(model=skeleton(model), tokenizer=tokenizer, **text)
-    _say(f'Calibration: {calibration!r}\nPruning with {method}, one block at a time ...')
+    net = skeleton(model, run.dtype)
+    calibration = load_windows(model=net, tokenizer=tokenizer, **text)
+    _say(f'Calibration: {calibration!r}')
+    _say(_estimate(net, method, calibration, sparsity, run, streamed=True))
+    _say(f'Pruning with {method}, one block at a time ...')
     try: _, plan = prune(model, calibration, method, sparsity, run=run)
     except KeyboardInterrupt as e:
         kept = f'finished blocks are kept beside {run.out}'
@@ -237,10 +240,11 @@ def _windows(model, tokenizer, source, n, seqlen, seed, eval_n, bos):
     return (load_windows(source, model, tokenizer, n, seqlen, seed, bos=bos),
             load_windows(held_out, model, tokenizer, eval_n, seqlen, evaluation=True, bos=bos))
 
-def _estimate(model, method, windows, sparsity, run):
+def _estimate(model, method, windows, sparsity, run, streamed=False):
     "One line about memory and work, from shapes alone."
     from prunebook.estimate import estimate
-    w = estimate(model, method, windows.ids.numel(), sparsity, run, windows.seqlen, inplace=True)
+    how = dict(inplace=True, streamed=streamed)
+    w = estimate(model, method, windows.ids.numel(), sparsity, run, windows.seqlen, **how)
     work = f'{w["flops"]/1e12:.1f} TFLOP, {w["flops"]/w["forward_flops"]:.1f} times a forward pass'
     return f'This needs about {w["bytes"]/2**30:.1f} GiB and {work} (estimates).'
 

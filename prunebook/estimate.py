@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Work', 'hold', 'brief', 'Job', 'Place', 'counted_work', 'counted_bytes', 'linear', 'attention', 'first_rows',
            'forward', 'forward_blocks', 'head', 'activations', 'states', 'inputs', 'gram', 'cross', 'solve', 'inverse',
-           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'checks', 'estimate']
+           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'opened', 'estimate']
 
 # %% ../nbs/09_estimate.ipynb #c36768a5
 import math, weakref
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .couplings import anatomy, weight_of
 from .methods import Method, Needs, Run, as_method
-from .models import decoder_linears, n_parameters
+from .models import blocks, decoder_linears, n_parameters
 from .plan import uniform_steps
 from .repair import WEAK_RIDGE
 
@@ -60,6 +60,7 @@ class Job:
     sparsity: float = .2 # fraction of decoder parameters to remove
     run: Run = field(default_factory=Run) # how it goes
     seqlen: int = 512 # tokens of a window
+    streamed: bool = False # blocks are read from disk, and what waits is there
 
     def __post_init__(self): self.seqlen = min(self.seqlen, self.tokens)
     @property
@@ -71,7 +72,12 @@ class Job:
     @property
     def windows(self): return max(1, self.tokens//self.seqlen)
     @property
-    def batch(self): return min(self.tokens, self.run.batch_size*self.seqlen)                # tokens in a forward pass
+    def batch(self): return min(self.tokens, self.run.batch_size*self.seqlen)  # tokens in a forward pass
+    @property
+    def in_memory(self):
+        "Share of what waits that is in memory: on another device than the CPU, all of it."
+        on_disk = self.streamed and torch.device(self.run.device or 'cpu').type == 'cpu'
+        return self.batch/self.tokens if on_disk else 1
     @property
     def ridge(self): return self.method.ridge_for(self.tokens)
     @cached_property
@@ -108,7 +114,8 @@ def _general(A, B, *args, **kw): return math.prod(A[:-1])*2*A[-1]**2/3 + 2*math.
 
 _aten = torch.ops.aten
 _FACTORIZATIONS = {
-    _aten.linalg_cholesky_ex: _cholesky, _aten.cholesky_inverse: _from_cholesky, _aten.linalg_inv_ex: _inverse,
+    _aten.linalg_cholesky_ex: _cholesky, _aten.cholesky_inverse: _from_cholesky,
+    _aten.linalg_inv_ex: _inverse,
     _aten.linalg_solve_triangular: _triangular, _aten._linalg_solve_ex: _general}
 
 def counted_work(
@@ -138,12 +145,15 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         new = {s._cdata: s for s in _storages(out) if s._cdata not in self.known and s.nbytes()}
-        old = {s._cdata for s in _storages((args, kwargs))} if new else ()                   # results that are views of them
+        old = {s._cdata for s in _storages((args, kwargs))} if new else ()   # results may be views of them
         for key, s in new.items():
             if key not in old: self.add(s)
         return out
 
-def _storages(tree): return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and not t.is_meta]
+def _storages(tree):
+    "Storages of all tensors in it that have data."
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return [t.untyped_storage() for t in tensors if not t.is_meta]
 
 def counted_bytes(
     run, # function without arguments that does the work
@@ -215,7 +225,8 @@ def activations(
 ):
     "What a sub-layer holds for a moment, besides its result."
     b = p.block
-    wide = 2*b.heads*b.head_dim + 2*b.kv_heads*(b.head_dim + b.value_dim) if p.part == 'attention' else first_rows(job, p)
+    heads = 2*b.heads*b.head_dim + 2*b.kv_heads*(b.head_dim + b.value_dim)
+    wide = heads if p.part == 'attention' else first_rows(job, p)
     return brief((wide + 3*job.d)*job.size*tokens)
 
 # %% ../nbs/09_estimate.ipynb #ecaa75be
@@ -242,7 +253,7 @@ def gram(
     "A Gram matrix (`prunebook.walk.gram`)."
     edges = [f*i//4 for i in range(5)]
     products = sum(linear(b - a, f - a, tokens or job.tokens).flops for a, b in zip(edges, edges[1:]))
-    quarter, step = math.ceil(f/4), f if job.size == 4 else min(f, 1024)                     # rows and columns at a time
+    quarter, step = math.ceil(f/4), f if job.size == 4 else min(f, 1024)       # rows and columns at a time
     converted = 0 if job.size == 4 else 4*(batch or job.batch)*(quarter + step)
     return hold(4*f*f) + Work(products, converted + 4*quarter*step)
 
@@ -271,6 +282,7 @@ def inverse(
     "The inverse of a symmetric matrix in float64 (`Ridge.inverse`)."
     return Work(m**3, 8*m*m, 8*m*m)
 
+# %% ../nbs/09_estimate.ipynb #l15e0002
 def refit(
     job, # a `Job`
     p, # a `Place`
@@ -286,6 +298,7 @@ def refit(
     old = brief(4*m*m) if size == 8 else Work()            # the matrix, before it is converted
     return lost + hold(old.peak) + solve(m, d, 2, size) + hold(-old.peak - size*m*d)
 
+# %% ../nbs/09_estimate.ipynb #l15e0005
 def aimed(
     job, # a `Job`
     p, # a `Place`
@@ -329,7 +342,7 @@ def backward(
     gradients = linear(weights, 1, tokens)
     kept = kept_activations(job, batch, weights > 0)
     if checkpoint: kept = 2*kept/len(job.places) + states(job)*batch/job.tokens*len(job.places)/2
-    logits = 12*batch*job.vocabulary                       # logarithms, and the gradients of the loss and of these
+    logits = 12*batch*job.vocabulary                       # logarithms, gradients of the loss and of these
     return passes + heads + gradients + head(job, tokens)*2 + brief(kept + logits)
 
 # %% ../nbs/09_estimate.ipynb #6929ad80
@@ -360,9 +373,10 @@ class _Walk:
     "One stream over all blocks."
     def __init__(self, job, needs, visit):
         self.job, self.needs, self.visit, self.held, self.S = job, needs, visit, Held(), states(job)
+        self.share = job.in_memory                         # of what waits
 
     def run(self):
-        self.held.do(Work(), states=self.S, dense=self.S if self.needs.dense else 0)
+        self.held.do(Work(), states=self.S*self.share, dense=self.S if self.needs.dense else 0)
         self.held.do(brief(12*self.job.batch*self.job.d))  # the last norm of the pass that records the calls
         for p in self.job.places: self.place(p)
         self.finish()
@@ -373,7 +387,7 @@ class _Walk:
         if self.needs.firsts: self.first(p)
         if self.needs.dense: self.ahead(p)
         if self.begins(p) and not self.needs.firsts: self.finish()
-        self.read(p, 'inputs')
+        self.read(p, 'inputs', self.share)
         if self.needs.dense == 'stream': self.held.do(Work(), goals=self.S)
         self.arrive(p, 'second')
         self.write(p, p.part, p.m)
@@ -381,52 +395,62 @@ class _Walk:
         if self.needs.dense == 'stream': self.held.do(Work(), drift=self.S, old=self.S)
         self.held.free('old', 'goals')
 
-    def begins(self, p):
-        "Whether the block before it must be finished now."
-        return p.part == 'attention' and p.block.layer > 0
+# %% ../nbs/09_estimate.ipynb #l15e0011
+@patch
+def begins(self:_Walk, p):
+    "Whether the block before it must be finished now."
+    return p.part == 'attention' and p.block.layer > 0
 
-    def read(self, p, name):
-        "Inputs of a second linear."
-        job = self.job
-        self.held.do(forward(job, p, job.tokens, job.seqlen) + activations(job, p, job.batch), **{name: inputs(job, p.f)})
+@patch
+def read(self:_Walk, p, name, share=1):
+    "Inputs of a second linear."
+    job = self.job
+    work = forward(job, p, job.tokens, job.seqlen) + activations(job, p, job.batch)
+    self.held.do(work, **{name: inputs(job, p.f)*share})
 
-    def write(self, p, name, columns):
-        "Outputs of a second linear; alone, those of an MLP are added to the states one by one."
-        stay = self.needs.dense or p.part == 'attention'
-        self.held.do(linear(self.job.d, columns, self.job.tokens), **{name: self.S if stay else 0})
+@patch
+def write(self:_Walk, p, name, columns):
+    "Outputs of a second linear; alone, those of an MLP are added to the states one by one."
+    stay = 1 if self.needs.dense else self.share*(p.part == 'attention')
+    self.held.do(linear(self.job.d, columns, self.job.tokens), **{name: self.S*stay})
 
-    def arrive(self, p, level):
-        "A visit, where the method asks for one."
-        if p.coupling is None and not self.needs.everywhere: return
-        self.held.do(self.visit(self.job, p, level))
+@patch
+def arrive(self:_Walk, p, level):
+    "A visit, where the method asks for one."
+    if p.coupling is None and not self.needs.everywhere: return
+    self.held.do(self.visit(self.job, p, level))
 
-    def first(self, p):
-        "Inputs of first linears, of both models."
-        if self.needs.dense:
-            if self.begins(p): self.finish('dense_')
-            self.held.do(Work(), dense_first=self.S)
-        if self.begins(p): self.finish()
-        self.held.do(Work(), first=self.S)
-        self.arrive(p, 'first')
-        self.held.free('dense_first', 'first')
+# %% ../nbs/09_estimate.ipynb #l15e0014
+@patch
+def first(self:_Walk, p):
+    "Inputs of first linears, of both models."
+    if self.needs.dense:
+        if self.begins(p): self.finish('dense_')
+        self.held.do(Work(), dense_first=self.S)
+    if self.begins(p): self.finish()
+    self.held.do(Work(), first=self.S)
+    self.arrive(p, 'first')
+    self.held.free('dense_first', 'first')
 
-    def ahead(self, p):
-        "The dense model at a second linear."
-        if self.begins(p) and not self.needs.firsts: self.finish('dense_')
-        self.read(p, 'ahead')
-        self.write(p, 'dense_' + p.part, p.f)
-        self.held.free('ahead')
+@patch
+def ahead(self:_Walk, p):
+    "The dense model at a second linear."
+    if self.begins(p) and not self.needs.firsts: self.finish('dense_')
+    self.read(p, 'ahead')
+    self.write(p, 'dense_' + p.part, p.f)
+    self.held.free('ahead')
 
-    def finish(self, whose=''):
-        "States after a block."
-        self.held.do(Work(), after=self.S)
-        self.held.free('after', 'inputs' if not whose else '', whose + 'attention', whose + 'mlp')
+@patch
+def finish(self:_Walk, whose=''):
+    "States after a block."
+    self.held.do(Work(), after=self.S)
+    self.held.free('after', 'inputs' if not whose else '', whose + 'attention', whose + 'mlp')
 
 # %% ../nbs/09_estimate.ipynb #cba362f3
 def walking(
     job, # a `Job`
     needs=Needs(), # what must be there at a visit
-    visit=lambda job, p, level: Work(), # function of the job, a place and a level that gives the `Work` of a visit
+    visit=lambda job, p, level: Work(), # gives the `Work` of a visit, from the job, a place and a level
 ):
     "One stream over all blocks, visits included."
     if needs.text: return _Walk(job, needs, visit).run()
@@ -456,11 +480,18 @@ def weights(
     "Bytes of its weights and buffers."
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
-def checks(
-    job, # a `Job`
+def opened(
+    job, # a `Job` of a streamed run
 ):
-    "Whether all weights are finite, the largest tensor."
-    return brief(9*max(p.numel() for p in job.model.parameters()))
+    "The embeddings for a moment, and one block that is open; two where a dense model goes ahead."
+    prefix = blocks(job.model)[0] + '.'
+    sizes, outside = {}, 0
+    for name, p in job.model.named_parameters():
+        if not name.startswith(prefix): outside += p.nbytes
+        else:
+            layer = name.removeprefix(prefix).partition('.')[0]
+            sizes[layer] = sizes.get(layer, 0) + p.nbytes
+    return brief(outside) + hold(max(sizes.values())*(2 if job.method.needs.dense else 1))
 
 def estimate(
     model, # a causal language model; may be on the meta device
@@ -470,11 +501,12 @@ def estimate(
     run=None, # how it goes, a `Run`
     seqlen=512, # tokens of a window
     inplace=False, # without a copy of the model
+    streamed=False, # from disk to disk, with one block in memory at a time
 ):
-    "Estimated `bytes` of tensors at the widest point, with the model; `flops`; `forward_flops` of one pass through the blocks: a dict."
+    "Dict of `bytes` of tensors at the widest point, with the model; `flops`; `forward_flops` of one pass."
     method = as_method(method)
-    job = Job(model, method, tokens, sparsity, Run() if run is None else run, seqlen)
-    models = hold(weights(model)*(1 if inplace else 2))
-    work = models + checks(job) + method.before_work(job) + walking(job, method.needs, method.visit_work)
+    job = Job(model, method, tokens, sparsity, Run() if run is None else run, seqlen, streamed)
+    models = opened(job) if streamed else hold(weights(model)*(1 if inplace else 2))
+    work = models + method.before_work(job) + walking(job, method.needs, method.visit_work)
     forward = forward_blocks(job, tokens, job.seqlen)
     return dict(bytes=round(work.peak), forward_flops=round(forward.flops), flops=round(work.flops))

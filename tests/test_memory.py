@@ -1,4 +1,5 @@
 """A streamed run holds one block, one statistic and one batch: its peak, in a process of its own, against the shape. Inputs live at their own stage."""
+import os
 import subprocess
 import sys
 import weakref
@@ -9,7 +10,11 @@ import torch
 from helpers import tiny_model
 
 from prunebook.couplings import anatomy
-from prunebook.methods import Needs, configured
+from prunebook.estimate import counted_bytes
+from prunebook import models, pruning, sources
+from prunebook.methods import Needs, Run, configured
+from prunebook.models import check_finite
+from prunebook.pruning import prune
 from prunebook.sources import InMemory, OnDisk, _DiskList
 from prunebook.stream import Context, visits
 from prunebook.text import random_tokens
@@ -120,3 +125,47 @@ def test_the_dense_model_goes_ahead_when_inputs_are_gone():
     twin.seen, twin.left = source.seen, source.left
     for _ in walk_both(source, random_tokens(m, n=4, seqlen=8), twin): pass
     assert source.left == [0]*9                            # the dense MLP is computed batch by batch, and its inputs are not collected
+
+
+def test_a_look_at_weights_copies_nothing():
+    "It took 9 bytes a number: a truth value, counted in 64 bits."
+    big = torch.nn.Linear(1000, 1000, bias=False)
+    assert counted_bytes(lambda: check_finite(big)) < 1000
+    for value in (float('nan'), float('inf'), -float('inf')):
+        with torch.no_grad(): big.weight[3, 4] = value
+        with pytest.raises(ValueError, match='weight holds 1 NaN or infinite'): check_finite(big)
+    check_finite(torch.nn.Linear(0, 5, bias=False))
+
+
+# ---- room on the disk -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['fasp', 'depth2', 'recipe'])
+def test_the_disk_is_asked_for_what_is_written(name, tmp_path, monkeypatch):
+    "Files of finished blocks, of the log, and those without a name that hold what waits: they were not counted."
+    m, lists, seen, asked = tiny_model('llama', num_hidden_layers=4), weakref.WeakSet(), [0], []
+    m.save_pretrained(tmp_path/'dense')
+    work = tmp_path/'.small-stream'
+
+    def note():
+        named = sum(f.stat().st_size for f in work.glob('*'))
+        seen.append(named + sum(os.fstat(w.file.fileno()).st_size for w in lists))
+
+    class Noted(_DiskList):
+        def __init__(self, folder):
+            super().__init__(folder)
+            lists.add(self)
+        def append(self, x):
+            super().append(x)
+            note()
+
+    def saved(tensors, file, real=sources.save_tensors):
+        real(tensors, file)
+        note()
+
+    monkeypatch.setattr(sources, '_DiskList', Noted)
+    for place in (sources, pruning): monkeypatch.setattr(place, 'save_tensors', saved)
+    real = models._check_room
+    monkeypatch.setattr(models, '_check_room', lambda target, needed: (asked.append(needed), real(target, needed)))
+    prune(tmp_path/'dense', random_tokens(m, n=16, seqlen=32), configured(name, {}), .3, run=Run(batch_size=2, out=str(tmp_path/'small')))
+    assert max(seen) <= asked[0] < 1.5*max(seen)
+    assert asked[0] > 1.5*sum(p.nbytes for p in m.parameters())             # so what waits is the larger part
