@@ -827,8 +827,8 @@ def before_work(self:Bonsai, job):
 
 @patch
 def _prior_work(self:Bonsai, job, p, level):
-    "All inputs of a second linear in float32, and their squares; the same of its weight."
-    return est.brief(8*job.tokens*p.f + 8*job.d*p.f)
+    "Inputs of a batch in float32, and their squares; the same of the weight."
+    return est.brief(8*job.batch*p.f + 8*job.d*p.f)
 
 @patch
 def _losses_work(self:Bonsai, job, gone):

@@ -22,7 +22,6 @@ from .couplings import anatomy, weight_of
 from .methods import Method, Needs, Run, as_method
 from .models import blocks, decoder_linears, n_parameters, text_config
 from .plan import uniform_steps
-from .repair import WEAK_RIDGE
 
 # %% ../nbs/09_estimate.ipynb #ca981d19
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ class Job:
         return self.batch/self.tokens if on_disk else 1
     @property
     def ridge(self): return self.method.ridge_for(self.tokens)
+    @property
+    def double(self): return self.ridge.precision(next(self.model.parameters())) == torch.float64    # of a fit
     @cached_property
     def table(self): return self.method.table(self.model)
     @cached_property
@@ -264,8 +265,9 @@ def cross(
     k, # targets
 ):
     "Their products, summed over the tokens (`prunebook.stream.cross_gram`)."
-    converted = 0 if job.size == 4 else 4*job.batch*(m + k)
-    return hold(4*m*k) + linear(m, k, job.tokens) + brief(converted + 4*m*k)
+    converted = 0 if job.size == 4 else 4*job.batch*(min(m, 1024) + k)
+    parts = 1 if job.size == 4 else 2                      # products of 1024 inputs each, and all of them in one matrix
+    return hold(4*m*k) + linear(m, k, job.tokens) + brief(converted + parts*4*m*k)
 
 # %% ../nbs/09_estimate.ipynb #b1df88a9
 def solve(
@@ -294,7 +296,7 @@ def refit(
     if ridge.towards == 'zero':
         right = linear(m, p.f, d) + brief(12*m*p.f + 8*p.f*d) + hold(8*m*d)
         return right + solve(m, d, 2) + hold(-8*m*d)
-    size = size or (8 if ridge.damp < WEAK_RIDGE or job.size == 8 else 4)
+    size = size or (8 if job.double else 4)
     lost = linear(m, gone, d) + brief(size*m*gone + (size + job.size)*gone*d) + hold(size*m*d)
     old = brief(4*m*m) if size == 8 else Work()            # the matrix, before it is converted
     return lost + hold(old.peak) + solve(m, d, 2, size) + hold(-old.peak - size*m*d)
@@ -309,9 +311,10 @@ def aimed(
     "Kept columns, so that outputs come near to targets (`Visit.aimed`)."
     m, d = m or p.m, job.d
     total = linear(m, p.f, d) + brief(4*m*p.f + 4*p.f*d) + hold(4*m*d)                       # old outputs
-    if targets: total += hold(inputs(job, m)) + cross(job, m, d) + hold(-4*m*d - inputs(job, m))
+    if targets: total += cross(job, p.f, d) + brief(4*m*d) + hold(-4*p.f*d)
     total += hold(4*m*m + job.size*m*d)                    # kept rows and columns, and the old weight
-    return total + brief(4*m*p.f) + solve(m, d, 4 if job.ridge.towards == 'weights' else 3)
+    if job.double: return total + solve(m, d, 4 if job.ridge.towards == 'weights' else 3)
+    return total + linear(m, m, d) + brief(4*m*d) + solve(m, d, 3, 4)
 
 # %% ../nbs/09_estimate.ipynb #1f9c63ff
 def kept_activations(
@@ -388,15 +391,22 @@ class _Walk:
         if self.needs.firsts: self.first(p)
         if self.needs.dense: self.ahead(p)
         if self.begins(p) and not self.needs.firsts: self.finish()
+        if self.needs.dense == 'stream': self.aim(p)
         self.read(p, 'inputs', self.share)
-        if self.needs.dense == 'stream': self.held.do(Work(), goals=self.S)
         self.arrive(p, 'second')
+        if self.needs.dense: self.held.free('inputs')      # batch by batch, as outputs come
         self.write(p, p.part, p.m)
-        if self.needs.dense or p.part == 'attention': self.held.free('inputs')
-        if self.needs.dense == 'stream': self.held.do(Work(), drift=self.S, old=self.S)
+        if p.part == 'attention': self.held.free('inputs')
+        if 'goals' in self.held.bytes: self.held.do(Work(), old=self.held.bytes.get('drift', 0), drift=self.S)
         self.held.free('old', 'goals')
 
 # %% ../nbs/09_estimate.ipynb #l15e0011
+@patch
+def aim(self:_Walk, p):
+    "Targets: new ones in attention; in the MLP the drift becomes them, and the outputs of the dense model go."
+    if p.part == 'attention': self.held.do(Work(), goals=self.S)
+    else: self.held.free('dense_mlp')
+
 @patch
 def begins(self:_Walk, p):
     "Whether the block before it must be finished now."
@@ -437,15 +447,16 @@ def first(self:_Walk, p):
 def ahead(self:_Walk, p):
     "The dense model at a second linear."
     if self.begins(p) and not self.needs.firsts: self.finish('dense_')
-    self.read(p, 'ahead')
-    self.write(p, 'dense_' + p.part, p.f)
+    mlp = p.part == 'mlp'
+    self.read(p, 'ahead', self.job.batch/self.job.tokens if mlp else 1)        # an MLP is computed batch by batch
     self.held.free('ahead')
+    self.write(p, 'dense_' + p.part, p.f)
+    if mlp: self.held.free('dense_attention')
 
 @patch
 def finish(self:_Walk, whose=''):
-    "States after a block."
-    self.held.do(Work(), after=self.S)
-    self.held.free('after', 'inputs' if not whose else '', whose + 'attention', whose + 'mlp')
+    "States after a block, in the place of those before."
+    self.held.free('inputs' if not whose else '', whose + 'attention', whose + 'mlp')
 
 # %% ../nbs/09_estimate.ipynb #cba362f3
 def walking(

@@ -422,9 +422,9 @@ def _basis_work(job, p):
 def _turn_work(job, p):
     "Values, second moments and inputs in another basis (`Visit.turn`)."
     b, d, f = p.block, job.d, p.f
-    products = est.linear(2*f, f, f) + est.linear(f, f, job.tokens) + est.Work(2*f**3) + est.linear(f, f, d) + est.linear(b.kv_heads*b.value_dim, b.value_dim, d)
-    weights = est.brief(32*f*f + 24*d*b.kv_heads*b.value_dim) + est.brief(40*f*f + 16*d*f)   # of values, and of outputs
-    return products + weights + est.brief(est.inputs(job, f) + 8*job.batch*f)
+    v = b.value_dim
+    products = est.linear(2*f, v, f) + est.linear(f, v, job.tokens + d) + est.linear(b.kv_heads*v, v, d)
+    return products + est.brief(24*f*f + 24*d*f) + est.brief(16*job.batch*f)
 
 # %% ../nbs/70_recipe.ipynb #e09a0001
 @patch
@@ -455,11 +455,12 @@ def _trials_work(self:Recipe, job, p, level):
     if p.coupling is None: return est.Work()
     d, f, turned = job.d, p.f, self._turns_at(p)
     total = est.gram(job, f) + self._score_work(job, p)
-    if turned: total += _basis_work(job, p) + est.Work(2*f**3) + est.linear(f, f, d) + est.linear(2*f, f, f) + est.hold(16*f*f + 8*d*f) + est.brief(24*f*f)
+    back = est.linear(f, p.block.value_dim, d)             # columns in another basis
+    if turned: total += _basis_work(job, p) + back + est.linear(2*f, p.block.value_dim, f) + est.hold(8*f*f + 8*d*f) + est.brief(16*f*f)
     for k in self._counts(p.coupling):
         left = replace(p, m=f - k*p.coupling.groups*p.coupling.second[1].shape[1])
-        if self.restore: total += est.refit(job, left, 8 if turned else None)*1
-        total += est.linear(d, f, f) + est.brief(16*d*f) if turned else est.brief(2*job.size*d*f)
+        if self.restore: total += est.refit(job, left)*1
+        total += back + est.brief(16*d*f) if turned else est.brief(2*job.size*d*f)
     return total*1
 
 @patch

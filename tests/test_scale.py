@@ -9,6 +9,7 @@ import torch
 from fake_gpu import FakeGPU
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prunebook.estimate import estimate
 from prunebook.methods import Run, configured
 from prunebook.sources import InMemory
 from prunebook.stream import Context
@@ -61,13 +62,14 @@ def measured(name, method, settings):
     "GiB beside the weights, and seconds in dense forward passes; says what held the bytes."
     passes = dense_seconds(name)
     with FakeGPU(dry=True) as gpu:
-        model = gpu.place(shape(name))
-        weights = gpu.alive['gpu:0']
+        model, weights = gpu.place(shape(name)), gpu.alive['gpu:0']
         gpu.begin()
         prune(gpu, InMemory(model), method, settings)
         gib, passes = (gpu.peak['gpu:0'] - weights)/GIB, sum(gpu.seconds().values())/passes
         held = ', '.join(f'{line} {n/GIB:.1f}' for line, n in gpu.held().most_common(8))
-    print(f'{method} at {name}: {gib:.2f} GiB, {passes:.2f} passes; {held}')
+    said = (estimate(shape(name), configured(method, settings), WINDOWS*SEQLEN, .2, Run(), SEQLEN, inplace=True)['bytes'] - weights)/GIB
+    print(f'{method} at {name}: {gib:.2f} GiB, {said:.2f} estimated, {passes:.2f} passes; {held}')
+    assert 1/1.1 < said/gib < 1.1
     return gib, passes
 
 
