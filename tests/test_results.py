@@ -32,10 +32,11 @@ def agrees(asked, told):
 
 def test_every_folder_has_a_command():
     folders = {p.name for p in RESULTS.iterdir() if p.is_dir()}
-    assert folders == {*GRIDS, 'gpu', 'interactive', 'passages'}                              # the last three have scripts
+    assert folders == {*GRIDS, 'export', 'gpu', 'interactive', 'passages'}                    # the last four have scripts
     page = (ROOT/'nbs'/'80_bench.ipynb').read_text()
     for name in GRIDS: assert f'prunebook bench results/{name}.yml --out results/{name}' in page
     for name in ('interactive', 'passages'): assert f'scripts/measure_{name}.py' in page
+    assert 'scripts/measure_export.py' in (ROOT/'nbs'/'85_export.ipynb').read_text()
 
 
 @pytest.mark.parametrize('name', ['interactive', 'passages'])
