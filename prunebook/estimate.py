@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Work', 'hold', 'brief', 'Job', 'Place', 'counted_work', 'counted_bytes', 'linear', 'attention', 'first_rows',
            'forward', 'forward_blocks', 'head', 'activations', 'states', 'inputs', 'gram', 'cross', 'solve', 'inverse',
-           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'opened', 'estimate']
+           'refit', 'aimed', 'kept_activations', 'backward', 'Held', 'walking', 'weights', 'checks', 'opened',
+           'estimate']
 
 # %% ../nbs/09_estimate.ipynb #c36768a5
 import math, weakref
@@ -455,8 +456,9 @@ def ahead(self:_Walk, p):
 
 @patch
 def finish(self:_Walk, whose=''):
-    "States after a block, in the place of those before."
-    self.held.free('inputs' if not whose else '', whose + 'attention', whose + 'mlp')
+    "States after a block: the last batch runs through its norms, in float32."
+    self.held.do(brief(12*self.job.batch*self.job.d), after=self.S)
+    self.held.free('after', 'inputs' if not whose else '', whose + 'attention', whose + 'mlp')
 
 # %% ../nbs/09_estimate.ipynb #cba362f3
 def walking(
@@ -492,6 +494,12 @@ def weights(
     "Bytes of its weights and buffers."
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
+def checks(
+    job, # a `Job`
+):
+    "The fingerprint of the model, part by part (`prunebook.plan.model_fingerprint`)."
+    return brief(8*min(2**20, max(p.numel() for p in job.model.parameters())))
+
 def opened(
     job, # a `Job` of a streamed run
 ):
@@ -519,6 +527,6 @@ def estimate(
     method = as_method(method)
     job = Job(model, method, tokens, sparsity, Run() if run is None else run, seqlen, streamed)
     models = opened(job) if streamed else hold(weights(model)*(1 if inplace else 2))
-    work = models + method.before_work(job) + walking(job, method.needs, method.visit_work)
+    work = models + checks(job) + method.before_work(job) + walking(job, method.needs, method.visit_work)
     forward = forward_blocks(job, tokens, job.seqlen)
     return dict(bytes=round(work.peak), forward_flops=round(forward.flops), flops=round(work.flops))

@@ -83,7 +83,7 @@ OPERATIONS += [(c, 'before_work') for c in (scores.FLAP, scores.Taylor, bonsai.B
 OPERATIONS += [(c, 'visit_work') for c in (cost.Method, scores.FLAP, fasp.FASP, depth2.Depth2, recipe.Recipe)]
 OPERATIONS += [(depth2.Depth2, '_first_work'), (bonsai.Bonsai, '_losses_work'), (surgeon.Surgeon, '_round_work'), (surgeon, 'curvature_work'), (recipe.Recipe, '_trials_work'),
                (recipe, '_turn_work'), (recipe, '_basis_work')]
-NO_FLOPS = [(cost, 'activations'), (scores.Magnitude, 'visit_work'), (scores.WandaSp, 'visit_work'), (bonsai.Bonsai, '_prior_work')]
+NO_FLOPS = [(cost, 'activations'), (cost, 'checks'), (scores.Magnitude, 'visit_work'), (scores.WandaSp, 'visit_work'), (bonsai.Bonsai, '_prior_work')]
 NO_BYTES = {'linear', 'attention', 'forward', 'forward_blocks', 'head'}
 NUMBERS = ['states', 'inputs', 'kept_activations', 'weights']
 
