@@ -391,8 +391,7 @@ def waiting_bytes(
     widest = max(max(b.heads*b.value_dim, b.mlp_width) for b in shapes)
     on_disk = source.device.type == 'cpu'                  # elsewhere they wait on the device
     logged = 1 + bool(needs.dense) + (needs.dense == 'stream')
-    at_a_stage, at_the_end = (3 + widest/d)*on_disk + logged, on_disk + 2*logged
-    return round(states*max(at_a_stage, at_the_end))
+    return round(states*max((2 + widest/d)*on_disk + logged, on_disk + 2*logged))   # within a block; at its end
 
 def _weights(model): return sum(p.nbytes for p in model.parameters())          # also without data
 

@@ -424,7 +424,7 @@ def _turn_work(job, p):
     b, d, f = p.block, job.d, p.f
     v = b.value_dim
     products = est.linear(2*f, v, f) + est.linear(f, v, job.tokens + d) + est.linear(b.kv_heads*v, v, d)
-    return products + est.brief(24*f*f + 24*d*f) + est.brief(16*job.batch*f)
+    return products + est.brief(24*f*f + 16*d*f) + est.brief(12*job.batch*f)
 
 # %% ../nbs/70_recipe.ipynb #e09a0001
 @patch

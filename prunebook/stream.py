@@ -141,7 +141,7 @@ def aimed(self:Visit,
         R.lerp_(self.over_all(cross_gram(self.X, targets))[keep], trust)
     A, old, dtype = C[keep[:, None], keep], W[:, keep].T, ridge.precision(W)
     if dtype == torch.float64: return ridge.solve(A, R, old).T
-    change = ridge.solve(A, R.addmm_(A, old.float(), alpha=-1), dtype=dtype)   # in which float32 is precise
+    change = ridge.solve(A, torch.addmm(R, A, old.float(), alpha=-1), dtype=dtype)   # in which float32 is precise
     return (old + change).T
 
 # %% ../nbs/07_stream.ipynb #d21b23ed
