@@ -456,9 +456,9 @@ def ahead(self:_Walk, p):
 
 @patch
 def finish(self:_Walk, whose=''):
-    "States after a block: the last batch runs through its norms, in float32."
-    self.held.do(brief(12*self.job.batch*self.job.d), after=self.S)
-    self.held.free('after', 'inputs' if not whose else '', whose + 'attention', whose + 'mlp')
+    "States after a block, in the place of those before; the last batch runs through its norms, in float32."
+    self.held.do(brief(12*self.job.batch*self.job.d))
+    self.held.free('inputs' if not whose else '', whose + 'attention', whose + 'mlp')
 
 # %% ../nbs/09_estimate.ipynb #cba362f3
 def walking(
