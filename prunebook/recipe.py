@@ -20,7 +20,7 @@ from .fasp import column_scores
 from .methods import Method, Needs, setting
 from .plan import bundles, check_numbers, check_type, global_steps, keep_after, write_atomic
 from .repair import as_double
-from .stream import in_basis, run_key
+from .stream import in_basis, run_key, values_turn
 from .surgeon import remove_rows, row_costs
 from .text import Windows
 from .walk import gathered, logits_after, record_calls, replaced, through
@@ -237,7 +237,8 @@ def _greedy_order(
 @patch
 def _turns(self:Recipe, v):
     "Whether the units at a visit leave in another basis."
-    return self.turn and v.coupling is not None and v.coupling.unit.turns
+    turns = v.coupling is not None and v.coupling.unit.turns
+    return self.turn and turns and values_turn(v.model)
 
 def _own_basis(v):
     "`_value_basis` at a visit of attention."
@@ -298,8 +299,9 @@ def _probes(self:Recipe,
         if v.coupling is None: continue
         second = v.model.get_submodule(v.second)
         for k, W in self._trials(v, own): riders.start((v.coupling.name, k), second, W)
-    measured = [*riders.divergences().items()]
-    for (name, k), d in sorted(gathered(measured) if count > 1 else measured):
+    measured, order = [*riders.divergences().items()], [*found]
+    if count > 1: measured = gathered(measured)
+    for (name, k), d in sorted(measured, key=lambda m: (order.index(m[0][0]), m[0][1])):
         check_numbers(torch.tensor(d), f'divergence without {k} units of {name}', ctx.model.dtype)
         found[name].append((k, d))
     return found
@@ -403,15 +405,17 @@ def _repaired(self:Recipe, v, keep):
 def visit_work(self:Recipe, job, p, level='second'):
     "Second moments, scores, another basis where there is one, and a fit."
     total = est.gram(job, p.f) + self._score_work(job, p)
-    if self._turns_at(p) and p.m < p.f: total += _basis_work(job, p) + _turn_work(job, p)
+    if self._turns_at(job, p) and p.m < p.f: total += _basis_work(job, p) + _turn_work(job, p)
     if self.restore: total += est.aimed(job, p) if self.needs.dense else est.refit(job, p)
     return total*1
 
 @patch
-def _turns_at(self:Recipe, p): return self.turn and p.coupling is not None and p.coupling.unit.turns
+def _turns_at(self:Recipe, job, p):
+    turns = p.coupling is not None and p.coupling.unit.turns
+    return self.turn and turns and values_turn(job.model)
 
 @patch
-def _score_work(self:Recipe, job, p): return _basis_work(job, p) if self._turns_at(p) else est.brief(8*job.d*p.f)
+def _score_work(self:Recipe, job, p): return _basis_work(job, p) if self._turns_at(job, p) else est.brief(8*job.d*p.f)
 
 def _basis_work(job, p):
     "The basis of the values of each head (`_value_basis`)."
@@ -453,7 +457,7 @@ def _counts(self:Recipe, c):
 def _trials_work(self:Recipe, job, p, level):
     "What is seen in the basis in which units leave, then a fit for each trial."
     if p.coupling is None: return est.Work()
-    d, f, turned = job.d, p.f, self._turns_at(p)
+    d, f, turned = job.d, p.f, self._turns_at(job, p)
     total = est.gram(job, f) + self._score_work(job, p)
     back = est.linear(f, p.block.value_dim, d)             # columns in another basis
     if turned: total += _basis_work(job, p) + back + est.linear(2*f, p.block.value_dim, f) + est.hold(8*f*f + 8*d*f) + est.brief(16*f*f)

@@ -144,7 +144,7 @@ def restore(self: Ridge,
     gone = gone.nonzero()[:, 0]
     lost = _as(C[keep[:, None], gone], dtype) @ _as(W[:, gone.to(W.device)], dtype).T        # (m, d)
     change = _solve(self, kept, lost, None, dtype).T                                         # (d, m)
-    return (_as(W[:, keep.to(W.device)], dtype) + _as(change, dtype)).to(W)
+    return _as(_as(W[:, keep.to(W.device)], dtype) + _as(change, dtype), W.dtype).to(W)
 
 # %% ../nbs/15_repair.ipynb #d15r0013
 @patch

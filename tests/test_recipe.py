@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_model
 from hypothesis import given, strategies as st
 
-from test_conformance import PLAIN, build
+from test_conformance import EXPERTS, PLAIN, build
 
 from prunebook import recipe
 from prunebook.couplings import anatomy, couplings, masked, slice_units, weight_of
@@ -24,7 +24,7 @@ from prunebook.recipe import (Recipe, _cost_curve, _divergence, _emptied, _greed
 from prunebook.repair import Ridge
 from prunebook.save import load_pruned, save_pruned
 from prunebook.sources import InMemory, OnDisk
-from prunebook.stream import Context, column_basis, turn_values
+from prunebook.stream import Context, column_basis, turn_values, values_turn
 from prunebook.text import Windows, random_tokens
 from prunebook.walk import drifting, logits_after, record_calls, through, walk
 
@@ -101,6 +101,7 @@ def test_logits_after_the_last_block(family, variant, tmp_path):
     for b, call in zip(anatomy(model), calls): state = through(model.get_submodule(b.name), state, call)
     wanted = model(ids, use_cache=False).logits
     assert torch.equal(logits_after(model, ids, state), wanted)
+    if family in EXPERTS: return                           # their checkpoints are not read block by block
     source = OnDisk(saved(model, tmp_path/'dense'))
     before = dict(source.model.named_parameters())
     with source.ends(): assert torch.equal(logits_after(source.model, ids, state), wanted)
@@ -222,7 +223,7 @@ def test_uniform_is_fasp():
     model = tiny_model('qwen2')
     windows = random_tokens(model, n=4, seqlen=24)
     a, plan = prune(model, windows, Recipe(units=('mlp_channel',), allocation='uniform', trust=0), .2)
-    b, other = prune(model, windows, FASP(), .2)
+    b, other = prune(model, windows, FASP(ridge='mean'), .2)
     assert plan.kept == other.kept
     assert all(p.equal(q) for p, q in zip(a.parameters(), b.parameters()))
 
@@ -399,6 +400,10 @@ def test_turning_values_changes_nothing(family, variant):
     model = build(family, variant)
     ids = random_tokens(model, n=2, seqlen=12).ids
     twin, g = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    if not values_turn(model):
+        assert family == 'olmo'                            # it clips them
+        with pytest.raises(ValueError, match='clips its values'): turn_values(twin, anatomy(twin)[0], torch.eye(4)[None])
+        return
     with torch.no_grad():
         for b in anatomy(twin):
             old = weight_of(twin.get_submodule(b.out))
