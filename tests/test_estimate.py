@@ -95,19 +95,23 @@ def doubled(old, flops, held):
     return new
 
 
+@pytest.fixture(scope='module')
+def honest():
+    "Nothing is seen where nothing is changed; found out once."
+    assert not is_seen()
+
+
 def is_seen(): return any(f >= FLOPS or b >= BYTES for f, b in map(off, range(len(CASES))))
 
 
 @pytest.mark.parametrize('place, name', OPERATIONS, ids=lambda x: getattr(x, '__name__', x))
-def test_twice_the_operations_are_seen(place, name, monkeypatch):
-    assert not is_seen()
+def test_twice_the_operations_are_seen(place, name, monkeypatch, honest):
     monkeypatch.setattr(place, name, doubled(getattr(place, name), 2, 1))
     assert is_seen()
 
 
 @pytest.mark.parametrize('place, name', [o for o in OPERATIONS if o[1] not in NO_BYTES] + NO_FLOPS + [(cost, n) for n in NUMBERS], ids=lambda x: getattr(x, '__name__', x))
-def test_twice_the_bytes_are_seen(place, name, monkeypatch):
-    assert not is_seen()
+def test_twice_the_bytes_are_seen(place, name, monkeypatch, honest):
     monkeypatch.setattr(place, name, doubled(getattr(place, name), 1, 2))
     assert is_seen()
 
