@@ -86,11 +86,11 @@ bench-check: $(VENV)/.ready-dev  ## measure the smallest cell of each method aga
 	@OMP_NUM_THREADS=1 $(VENV)/bin/prunebook bench results/smoke.yml --out results/smoke --check --jobs 2
 
 test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."; a quarter in the other modes, too
-	$(call say,Step test-notebooks: every notebook from top to bottom (about 19 min on two cores; the time of each below))
+	$(call say,Step test-notebooks: every notebook from top to bottom (about 17 min on two cores; the time of each below))
 	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB) --mode $(MODE) $(if $(NB),,--others) $(if $(QUARTER),--quarter $(QUARTER))
 
 test-unit: $(VENV)/.ready-dev  ## run tests/
-	$(call say,Step test-unit: the tests in tests/ (about 4 min on two cores; the slowest are listed at the end))
+	$(call say,Step test-unit: the tests in tests/ (about 8 min on two cores; the slowest are listed at the end))
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n auto --dist loadfile --durations=15 --ignore=tests/test_site.py
 
 selfcheck: $(VENV)/.ready-dev  ## kill every command at every file operation, fill the disk, lay traps (test-unit does so too)

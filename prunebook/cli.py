@@ -359,7 +359,8 @@ def _finish(model, tokenizer, plan, out, force, as_json, took, states):
         copy_files(took['name'], folder)                   # how pictures become numbers
         if states: _report(folder, plan, record, *states)
     save_pruned(model, plan, out, tokenizer, force, add)
-    if as_json: return strict_json({**json.loads(record.text()), 'budget': plan.budget, 'folder': str(out)})
+    budget = dict(budget=plan.budget) if plan.budget else {}
+    if as_json: return strict_json({**json.loads(record.text()), **budget, 'folder': str(out)})
     table = (Path(out)/'report.md').read_text(encoding='utf-8') if states else repr(plan)
     return '\n'.join([table, *_words(Path(out), record, bool(states))])
 

@@ -18,7 +18,7 @@ from .budget import Budget
 from .couplings import anatomy, couplings, slice_units
 from .methods import Run, as_method, check_prunable
 from .models import atomic_folder, check_finite, decoder_linears, is_complete, n_parameters
-from .models import reserved_folder, write_manifest
+from .models import reserved_folder, text_config, write_manifest
 from .plan import PrunePlan, model_fingerprint, write_atomic
 from .save import fits_stock_class, name_classes, saved_config
 from .sources import InMemory, OnDisk, block_file, save_tensors
@@ -114,6 +114,7 @@ def settings_now(
         if method != plan.method or old not in now: continue
         value = now.pop(old)
         if now.get(new) is not True: now[new] = _VALUES.get(value, value)
+    if known.get('ridge') == 'own': now.setdefault('ridge', 'mean')            # the only one there was
     if 'blocks' in now and plan.method == 'depth2':
         n = len(anatomy(model))
         first, last = now.pop('blocks') or (0, n)
@@ -386,7 +387,7 @@ def waiting_bytes(
     needs, # the `Needs` of the method
 ):
     "Bytes of temporary files at the widest point of a streamed run, without the blocks."
-    shapes, d = anatomy(source.model), source.model.config.hidden_size
+    shapes, d = anatomy(source.model), text_config(source.model).hidden_size
     states = d*windows.ids.numel()*source.model.dtype.itemsize
     widest = max(max(b.heads*b.value_dim, b.mlp_width) for b in shapes)
     on_disk = source.device.type == 'cpu'                  # elsewhere they wait on the device

@@ -84,7 +84,8 @@ def _give_layout(
     inner = lambda name: name.removeprefix(f'{model.base_model_prefix}.') if headless else name
     for name, (kind, inputs, outputs, bias) in layout['linears'].items():
         own = type(model.get_submodule(inner(name)))       # Falcon's linear layers multiply in their own way
-        new = own(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias)
+        if own is Conv1D: own = nn.Linear                  # of folders of earlier versions
+        new = Conv1D(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias)
         model.set_submodule(inner(name), new)
     for name, values in layout['attributes'].items():
         for key, value in values.items(): set_attribute(model.get_submodule(inner(name)), key, value)

@@ -488,6 +488,7 @@ def shell():
             try: exec(compile(source, 'cell', 'exec'), space)
             except Exception as e: return e
         return run
+    InteractiveShell.clear_instance()                      # of a kind that may answer in its own way
     instance = InteractiveShell.instance()
     def run(source):
         r = instance.run_cell(source)

@@ -535,17 +535,16 @@ def test_grids_of_wrong_types(grid, tmp_path, capsys):
 
 @pytest.mark.fault('A committed result, or the new one, holds NaN or lacks a number', '`bench --check` fails.')
 def test_no_number_is_no_agreement():
-    record = lambda value, stderr=1., share=.2: dict(true_sparsity=share, perplexity=dict(after=dict(value=value, stderr=stderr)))
-    assert compare(record(40.), record(40.5)) == [] and len(compare(record(40.), record(42.))) == 1
+    record = lambda loss, share=.2: dict(true_sparsity=share, losses=dict(after=[3., loss]))
+    assert compare(record(4.), record(4.001)) == [] and len(compare(record(4.), record(4.1))) == 1
     for wrong in (math.nan, math.inf, None, 'x', True):
-        assert len(compare(record(40.), record(wrong))) == 1 and len(compare(record(wrong), record(40.))) == 1 and len(compare(record(wrong), record(wrong))) == 1
-        assert len(compare(record(40.), record(40., share=wrong))) == 1
-    assert len(compare(record(40., math.nan), record(40.))) == 1
-    for missing in ({}, dict(perplexity={}), dict(perplexity=None), dict(perplexity=dict(after={})), dict(perplexity=5), []):
+        assert len(compare(record(4.), record(wrong))) == 1 and len(compare(record(wrong), record(4.))) == 1 and len(compare(record(wrong), record(wrong))) == 1
+        assert len(compare(record(4.), record(4., share=wrong))) == 1
+    for missing in ({}, dict(losses={}), dict(losses=None), dict(losses=dict(after=[])), dict(losses=5), dict(losses=dict(after=[3.])), []):
         missing = {'true_sparsity': .2, **missing} if isinstance(missing, dict) else missing
-        assert compare(record(40.), missing) and compare(missing, record(40.))
-    two = {**record(40.), 'other_texts': dict(passages=record(50.))}
-    assert compare(two, two) == [] and len(compare(two, record(40.))) == 1 and len(compare(record(40.), two)) == 1
+        assert compare(record(4.), missing) and compare(missing, record(4.))
+    two = {**record(4.), 'other_texts': dict(passages=record(5.))}
+    assert compare(two, two) == [] and len(compare(two, record(4.))) == 1 and len(compare(record(4.), two)) == 1
 
 
 @pytest.mark.fault('A result of `bench` is damaged', 'It is named, and nothing is measured.')

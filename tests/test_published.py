@@ -66,9 +66,9 @@ def test_plan_and_record_name_the_form(tmp_path):
 
 
 def test_command_line_and_grid_take_a_preset(tmp_path):
-    assert _method('fasp', '{"damp": 0.1}', 'published') == configured('fasp', dict(damp=.1), 'published')
-    with pytest.raises(ValueError, match="no preset 'printed'; it has published, published-code"): _method('depth2', '{}', 'printed')
-    with pytest.raises(ValueError, match='it has none'): _method('random', '{}', 'published')
+    assert _method('fasp', '{"damp": 0.1}', preset='published') == configured('fasp', dict(damp=.1), 'published')
+    with pytest.raises(ValueError, match="no preset 'printed'; it has published, published-code"): _method('depth2', '{}', preset='printed')
+    with pytest.raises(ValueError, match='it has none'): _method('random', '{}', preset='published')
     grid = dict(model='tiny', calibration=dict(text='random', n=4, seqlen=16), evaluation=[dict(text='random', n=2, seqlen=16)], sparsities=[.2], seeds=[0],
                 methods={'a': dict(method='flap', preset='published'), 'b': dict(method='flap')})
     (tmp_path/'grid.yml').write_text(yaml.safe_dump(grid))
