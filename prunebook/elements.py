@@ -16,7 +16,7 @@ from .curvature import curvature, curvature_bytes, factor_rows, input_leaders
 from .methods import Method, Run
 from .models import decoder_linears, n_parameters, text_config
 from .repair import Ridge, as_double, double_device
-from .scores import _forward_block, check_pattern, linears_to_sparsify, with_bias, zeros_among
+from .scores import _heard, _whole_blocks, check_pattern, linears_to_sparsify, with_bias, zeros_among
 from .surgeon import set_weight
 from .walk import gram, record_calls, walk
 
@@ -384,28 +384,14 @@ def sparsify_by_sparsegpt(
     Raises `ValueError` before any work."""
     linears = linears_to_sparsify(model, windows, sparsity, n, m)
     leaders = input_leaders(model, list(linears))
-    states, calls = map(list, zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)]))
-    for b in tqdm(anatomy(model), desc='SparseGPT', leave=False):
+    for b, run in _whole_blocks(model, windows, batch_size, 'SparseGPT'):
         inside = {k: l for k, l in linears.items() if k.startswith(b.name + '.')}
         read = {k: l for k, l in inside.items() if leaders[k] == k}
-        moments = _input_grams(read, lambda: _forward_block(model, b, states, calls))
+        moments = dict(zip(read, _heard([*read.values()], run, lambda x: gram([x]))))
         for k, l in inside.items():
             W = weight_of(l)
             W.data.copy_(sparsegpt(W.data, moments[leaders[k]], sparsity, n, m, damp, block))
-        states = _forward_block(model, b, states, calls)
     return zeros_among(linears)
-
-def _input_grams(linears, run):
-    "Second moments of the inputs of some linears, by name, while `run()` runs."
-    sums = dict.fromkeys(linears, 0.)
-    def adder(k):
-        def add(l, args): sums[k] = sums[k] + gram([args[0]])
-        return add
-    handles = [l.register_forward_pre_hook(adder(k)) for k, l in linears.items()]
-    try: run()
-    finally:
-        for h in handles: h.remove()
-    return sums
 
 # %% ../nbs/51_elements.ipynb #2152d029
 def _kept_of_shot(

@@ -21,7 +21,7 @@ from .models import decoder_linears, n_parameters
 from .plan import check_numbers, check_sparsity, global_steps, keep_after
 from .repair import Ridge, as_double, double_device
 from .text import Windows
-from .walk import record_calls
+from .walk import record_calls, through
 
 # %% ../nbs/10_scores.ipynb #ab5211e0
 @dataclass
@@ -146,34 +146,44 @@ def sparsify(
     """Zero single weights by Wanda, block after block; returns the fraction of zeros.
     Raises `ValueError` before any work, or for inputs that are not finite."""
     linears = linears_to_sparsify(model, windows, sparsity, n, m)
-    states, calls = map(list, zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)]))
-    for b in tqdm(anatomy(model), desc='Wanda', leave=False):
+    for b, run in _whole_blocks(model, windows, batch_size, 'Wanda'):
         inside = [l for name, l in linears.items() if name.startswith(b.name + '.')]
-        norms = _input_norms(inside, lambda: _forward_block(model, b, states, calls))
+        norms = _input_norms(inside, run)
         for x in norms: check_numbers(x, f'norms of the inputs in {b.name}', model.dtype)
         for l, x in zip(inside, norms):
             weight_of(l).data.mul_(wanda_mask(weight_of(l), x, sparsity, n, m, rounding))
-        states = _forward_block(model, b, states, calls)
     return zeros_among(linears)
 
 # %% ../nbs/10_scores.ipynb #cfd9364c
 def _forward_block(model, b, states, calls):
     "States after block `b`, for each batch."
     layer = model.get_submodule(b.name)
-    out = [layer(x, *call[b.layer][0], **call[b.layer][1]) for x, call in zip(states, calls)]
-    return [y if isinstance(y, torch.Tensor) else y[0] for y in out]
+    return [through(layer, x, call[b.layer]) for x, call in zip(states, calls)]
 
-def _input_norms(linears, run):
-    "Two-norm over all tokens of every input of some linears, while `run()` runs."
-    squares = [torch.zeros(weight_of(l).shape[1], device=weight_of(l).device) for l in linears]
-    def adder(total):
-        def add(l, args): total.add_(args[0].flatten(0, -2).float().pow(2).sum(0))
+def _whole_blocks(model, windows, batch_size, desc):
+    "Yield each block, and a function that runs it; the next one reads what it gives after the caller has changed it."
+    states, calls = map(list, zip(*[record_calls(model, ids) for ids in windows.batches(batch_size)]))
+    for b in tqdm(anatomy(model), desc=desc, leave=False):
+        run = lambda: _forward_block(model, b, states, calls)
+        yield b, run
+        states = run()
+
+def _heard(linears, run, statistic):
+    "Sum of `statistic(x)` over all that each linear reads while `run()` runs."
+    sums = [0.]*len(linears)
+    def adder(i):
+        def add(l, args): sums[i] = sums[i] + statistic(args[0])
         return add
-    handles = [l.register_forward_pre_hook(adder(s)) for l, s in zip(linears, squares)]
+    handles = [l.register_forward_pre_hook(adder(i)) for i, l in enumerate(linears)]
     try: run()
     finally:
         for h in handles: h.remove()
-    return [s.sqrt() for s in squares]
+    return sums
+
+def _input_norms(linears, run):
+    "Two-norm over all tokens of every input of some linears, while `run()` runs."
+    squares = _heard(linears, run, lambda x: x.flatten(0, -2).float().pow(2).sum(0))
+    return [s.sqrt() if torch.is_tensor(s) else torch.zeros_like(weight_of(l)[0]) for l, s in zip(linears, squares)]
 
 # %% ../nbs/10_scores.ipynb #956c0df2
 @dataclass
