@@ -216,6 +216,7 @@ class FakeGPU(TorchDispatchMode):
         self._replace(torch.nn.Module, '_apply', self._conversion)
         self._replace(torch, 'tensor', self._new_tensor)
         self._replace(torch, 'Generator', lambda old: Generator)
+        self._replace(torch.accelerator, 'synchronize', lambda old: lambda device=None: self._wait('torch.accelerator.synchronize'))
         return super().__enter__()
 
     def __exit__(self, *args):

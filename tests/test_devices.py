@@ -15,6 +15,7 @@ from prunebook.methods import Run, configured
 from prunebook.pruning import prune
 from prunebook.models import blocks
 from prunebook.text import Windows
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore')]
@@ -139,6 +140,13 @@ def test_what_cuda_allows():
         assert y.cpu().numpy().sum() == 54. and torch.equal(x.to('gpu:1').cpu(), x.cpu())
         assert torch.rand(2, device='gpu:0', generator=torch.Generator('gpu:0').manual_seed(0)).device == device()
     assert not gpu.mixed
+
+
+def test_timer_of_pytorch_waits_for_the_device():
+    with FakeGPU() as gpu:
+        x = torch.ones(3, 4, device='gpu:0')
+        assert Timer('x + x', globals=dict(x=x)).timeit(1).mean > 0
+    assert sum(gpu.syncs.values()) >= 2                        # before and after what is timed
 
 
 def test_counts():
