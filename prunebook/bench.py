@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZEROING', 'TOLERANCE', 'Cell', 'Zeroing', 'read_grid', 'run_cell', 'finished', 'bench', 'one_cell', 'compare',
-           'recheck']
+           'recheck', 'Published', 'read_published', 'beside_published', 'published_table']
 
 # %% ../nbs/80_bench.ipynb #e28f5889
 import copy
@@ -12,12 +12,15 @@ import importlib
 import inspect
 import json
 import math
+import os
+import queue
 import re
 import subprocess
 import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from itertools import product
@@ -25,10 +28,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .couplings import weight_of
 from .curvature import curvature
+from .estimate import estimate
 from .methods import as_method, configured
 from .pruning import prune
 from .models import check_writable, decoder_linears, load_model, n_parameters
@@ -164,6 +169,7 @@ _ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibrat
                preset=str) # what a method of a grid may have, and of which type
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _NAMES = '{label}-{sparsity}-{seed}' # what cells are called, if a grid does not say
+_TOLD = ('source', 'published', 'config') # what a paper says, and the shape of its model
 
 def _parsed(path):
     "What a YAML file holds. Raises `ValueError` if it is no YAML."
@@ -178,7 +184,7 @@ def _checked(path, grid):
         if not (isinstance(grid.get(k), kind) and (grid[k] or k == 'methods')):
             needs = f'a grid needs {", ".join(_GRID)}, and this one is a {kind.__name__}'
             raise ValueError(f'{path}: {k} is {grid.get(k)!r}; {needs}.')
-    _check_entries(path, grid, [*_GRID, 'dtype', 'tasks', 'speed', 'names', 'parts'])
+    _check_entries(path, grid, [*_GRID, *_TOLD, 'dtype', 'tasks', 'speed', 'names', 'parts'])
     _check_windows(f'{path}: calibration', grid['calibration'])
     _check_evaluation(path, grid['evaluation'])
     return grid
@@ -374,6 +380,38 @@ class _Children:
             try: p.wait(10)
             except subprocess.TimeoutExpired: p.kill()
 
+# %% ../nbs/80_bench.ipynb #bn16a002
+@contextmanager
+def _claimed(path):
+    "Whether the file `path` is ours to write, for as long as the context lasts."
+    place = Path(path).with_name(f'.{Path(path).name}.lock')
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place)
+    try: lock.acquire(timeout=0)
+    except NotImplementedError: lock = None                # a file system without locks
+    except Timeout:
+        yield False
+        return
+    try: yield True
+    finally:
+        if os.name != 'nt': place.unlink(missing_ok=True)  # while it is ours
+        if lock: lock.release()
+
+# %% ../nbs/80_bench.ipynb #bn16a005
+def _cards():
+    "Names of the GPUs that this process may use; empty without CUDA."
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if named is None: return [str(i) for i in range(torch.cuda.device_count())]
+    return [n.strip() for n in named.split(',') if n.strip()]
+
+def _places(jobs, cards):
+    "A queue with the environment of each job; cards are dealt in turn."
+    places = queue.Queue()
+    for i in range(jobs):
+        card = dict(CUDA_VISIBLE_DEVICES=cards[i%len(cards)]) if len(cards) > 1 else {}
+        places.put({**os.environ, **card})
+    return places
+
 # %% ../nbs/80_bench.ipynb #f67ca330
 _CELL = 'import sys; from prunebook.bench import one_cell; one_cell(*sys.argv[1:])'
 
@@ -390,21 +428,27 @@ def bench(
     grid, # YAML file (see `read_grid`)
     out, # folder of results, one JSON file for each cell
     only='*', # shell pattern of the names of cells
-    jobs=1, # cells at the same time; timings suffer if there is more than one
+    jobs=1, # cells at the same time, each on a GPU of its own if there are; timings suffer
     run=None, # runs a command line; in a process of its own by default
 ):
     "Run cells without a result; names of failed ones. Raises `ValueError` or `OSError` before any work."
     cells = _chosen(grid, only, jobs)
     todo = [n for n, c in cells.items() if finished(c, out) is None]
     for n in todo: check_writable(Path(out)/f'{n}.json')
+    places = _places(jobs, _cards())
     with ThreadPoolExecutor(jobs) as pool, _Children() as children:
-        def fails(n):
-            command = [sys.executable, '-c', _CELL, str(grid), str(out), n]
-            heard = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            done = (run or children.run)(command, **heard)
+        def measured(n):
+            command, place = [sys.executable, '-c', _CELL, str(grid), str(out), n], places.get()
+            heard = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=place)
+            try: done = (run or children.run)(command, **heard)
+            finally: places.put(place)
             said = done.stderr.strip().splitlines() or ['no message']
             if done.returncode: tqdm.write(f'{n} failed: {said[-1]}', file=sys.stderr)
             return done.returncode
+        def fails(n):
+            with _claimed(Path(out)/f'{n}.json') as mine:
+                if not mine: tqdm.write(f'{n} is measured by another process', file=sys.stderr)
+                return measured(n) if mine and finished(cells[n], out) is None else 0
         finished_before = len(cells) - len(todo)
         codes = list(tqdm(pool.map(fails, todo), desc='cells', initial=finished_before, total=len(cells)))
     return [n for n, code in zip(todo, codes) if code]
@@ -481,3 +525,70 @@ def recheck(
             if old[n] is None: return ['it has no committed result']
             return ['it failed'] if n in failed else compare(old[n], finished(cells[n], again))
         return {n: differs(n) for n in cells}
+
+# %% ../nbs/80_bench.ipynb #bn16a008
+@dataclass
+class Published:
+    "What a paper says about the cells of a grid."
+    source: str # where it was read
+    perplexity: dict # on the first text, by name of the cell
+    config: dict # of the model; without it there is no estimate
+
+def read_published(
+    path, # YAML file (see `read_grid`)
+):
+    "What a grid says of published figures. Raises `ValueError` for figures without cell or source."
+    cells, grid = read_grid(path), _parsed(path)
+    told = Published(grid.get('source') or '', grid.get('published') or {}, grid.get('config') or {})
+    for k, kind in dict(source=str, perplexity=dict, config=dict).items():
+        if not isinstance(getattr(told, k), kind): raise ValueError(f'{path}: {k} is not a {kind.__name__}.')
+    if told.perplexity and not told.source: raise ValueError(f'{path}: published figures need a source.')
+    for name, x in told.perplexity.items():
+        if name not in cells: raise ValueError(f'{path}: published names {name!r}, which is no cell.')
+        if not _is_number(x, (int, float), 1, math.inf):
+            raise ValueError(f'{path}: published says {x!r} of {name}; a perplexity is a number, at least 1.')
+    return told
+
+# %% ../nbs/80_bench.ipynb #bn16a011
+def _shaped(config, dtype):
+    "A model of this shape without weights."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    with torch.device('meta'): model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    return model.to(getattr(torch, dtype))
+
+def _expected(model, cell):
+    "What a cell will need by the estimate; empty for what only makes zeros."
+    method = None if cell.method == 'dense' else cell.built()
+    if method is None or isinstance(method, Zeroing): return {}
+    n, seqlen = cell.calibration['n'], cell.calibration['seqlen']
+    return estimate(model, method, n*seqlen, cell.sparsity, seqlen=seqlen)
+
+def beside_published(
+    grid, # YAML file
+    out, # folder of results
+    only='*', # shell pattern of the names of cells
+):
+    "One dict for each cell: published, measured and estimated; None where there is none."
+    cells, told = _chosen(grid, only, 1), read_published(grid)
+    model = _shaped(told.config, next(iter(cells.values())).dtype) if told.config else None
+    def row(cell):
+        found, need = finished(cell, out), _expected(model, cell) if model else {}
+        after = _at(found, 'perplexity', 'after') or {}
+        passes = need['flops']/need['forward_flops'] if need else None
+        return dict(cell=cell.name, published=told.perplexity.get(cell.name), measured=after.get('value'),
+                    stderr=after.get('stderr'), bytes=need.get('bytes'), passes=passes, flops=need.get('flops'))
+    return [row(c) for c in cells.values()]
+
+# %% ../nbs/80_bench.ipynb #bn16a013
+def published_table(
+    rows, # what `beside_published` gives
+):
+    "The rows as a Markdown table; what has no file is *not measured*."
+    line = lambda cells: f'| {" | ".join(cells)} |'
+    said = lambda x, form: '–' if x is None else format(x, form)
+    ours = lambda r: 'not measured' if r['measured'] is None else f'{r["measured"]:.2f} ± {said(r["stderr"], ".2f")}'
+    head = ['cell', 'published', 'measured', 'GiB, estimated', 'passes, estimated', 'PFLOP, estimated']
+    def cells(r):
+        gib, peta = [None if x is None else x/unit for x, unit in ((r['bytes'], 2**30), (r['flops'], 1e15))]
+        return [r['cell'], said(r['published'], 'g'), ours(r), said(gib, '.1f'), said(r['passes'], '.1f'), said(peta, '.3g')]
+    return '\n'.join([line(head), line(['---']*len(head)), *[line(cells(r)) for r in rows]])

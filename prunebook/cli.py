@@ -522,11 +522,13 @@ def cmd_bench(
     only:str='*', # shell pattern of the names of cells
     # measure cells again and compare with what is in the folder, which is left as it is
     check:store_true=False,
-    jobs:int=1, # cells at the same time; timings suffer if there is more than one
+    jobs:int=1, # cells at the same time, each on a GPU of its own if there are; timings suffer
+    compare:store_true=False, # print published figures beside what the folder holds; measures nothing
 ):
     "Measure every cell of a grid that has no result yet, each in a process of its own."
-    from prunebook.bench import bench, recheck
+    from prunebook.bench import bench, beside_published, published_table, recheck
     if out is None: raise ValueError('Name the folder of results with --out.')
+    if compare: return print(published_table(beside_published(grid, out, only)))
     try:
         if check: r = recheck(grid, out, only, jobs)
         else: r = {n: ['it failed'] for n in bench(grid, out, only, jobs)}
