@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from .couplings import weight_of
 from .curvature import curvature
 from .estimate import estimate
-from .methods import as_method, configured
+from .methods import Run, as_method, configured
 from .pruning import prune
 from .models import check_writable, decoder_linears, load_model, n_parameters
 from .plan import PrunePlan, _versions, model_fingerprint, write_atomic
@@ -61,6 +61,7 @@ class Cell:
     tasks: dict = field(default_factory=dict) # zero-shot tasks: `names`, and `limit` questions of each
     parts: dict = field(default_factory=dict) # part -> functions of the method's module, to be timed
     preset: str = None # name of a published form that the settings differ from; the defaults without
+    run: dict = field(default_factory=dict) # how it goes: `batch_size`, `store` and `lean` of a `Run`
 
     def built(self):
         "The `Method` or `Zeroing` with its settings. Raises `ValueError` for settings it does not have."
@@ -166,7 +167,7 @@ _GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list,
             seeds=list, methods=dict) # what a grid file must hold, and of which type
 _ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict, evaluation=list,
                speed=int, tasks=dict, parts=dict, names=str,
-               preset=str) # what a method of a grid may have, and of which type
+               preset=str, run=dict) # what a method of a grid may have, and of which type
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _NAMES = '{label}-{sparsity}-{seed}' # what cells are called, if a grid does not say
 _TOLD = ('source', 'published', 'config') # what a paper says, and the shape of its model
@@ -184,7 +185,7 @@ def _checked(path, grid):
         if not (isinstance(grid.get(k), kind) and (grid[k] or k == 'methods')):
             needs = f'a grid needs {", ".join(_GRID)}, and this one is a {kind.__name__}'
             raise ValueError(f'{path}: {k} is {grid.get(k)!r}; {needs}.')
-    _check_entries(path, grid, [*_GRID, *_TOLD, 'dtype', 'tasks', 'speed', 'names', 'parts'])
+    _check_entries(path, grid, [*_GRID, *_TOLD, 'dtype', 'tasks', 'speed', 'names', 'parts', 'run'])
     _check_windows(f'{path}: calibration', grid['calibration'])
     _check_evaluation(path, grid['evaluation'])
     return grid
@@ -216,6 +217,12 @@ def _check_tasks(where, tasks):
     if set(tasks) - {'names', 'limit'} or not (words and number):
         raise ValueError(f'{where}: tasks is {tasks!r}; it has names, a list, and limit, a number of questions.')
 
+def _check_run(where, run):
+    "Raises `ValueError` for what a run does not have, or a grid does not say."
+    _check_entries(f'{where}: run', run, ('batch_size', 'store', 'lean'))
+    try: Run(**run)
+    except ValueError as e: raise ValueError(f'{where}: run: {e}') from e
+
 def _check_method(where, label, m):
     "Raises `ValueError` for an entry of one method that cannot be."
     _check_entries(where, m, _ENTRIES)
@@ -244,6 +251,7 @@ def _check_cell(where, c):
     if not _is_table_of_names(c.parts):
         raise ValueError(f'{where}: parts is {c.parts!r}; it gives a list of functions to each part.')
     if c.method == 'dense': return
+    _check_run(where, c.run)
     try: c.built()
     except ValueError as e: raise ValueError(f'{where}: {e}') from e
 
@@ -262,7 +270,7 @@ def _cells(path, grid, label, m):
     calibration = {**grid['calibration'], **m.get('calibration', {})}
     _check_windows(f'{where}: calibration', calibration)
     _check_evaluation(where, m.get('evaluation', []))
-    own = {k: m.get(k, grid.get(k, default)) for k, default in dict(evaluation=[], speed=5, tasks={}, parts={}).items()}
+    own = {k: m.get(k, grid.get(k, default)) for k, default in dict(evaluation=[], speed=5, tasks={}, parts={}, run={}).items()}
     common = dict(label=str(label), method=m.get('method', label), settings=m.get('settings', {}),
                   preset=m.get('preset'), model=grid['model'], dtype=grid.get('dtype', 'float32'),
                   calibration=calibration, **own)
@@ -305,7 +313,7 @@ def _pruned(model, calibration, cell):
     forward = timed_forward(model, calibration, share=.25)
     def run():
         if isinstance(method, Zeroing): return method.prune(model, calibration, cell.sparsity)
-        return prune(model, calibration, method, cell.sparsity, inplace=True)
+        return prune(model, calibration, method, cell.sparsity, inplace=True, run=Run(**cell.run))
     with parts_timed(_module(method), cell.parts) as parts:
         (small, plan), seconds, extra = timed(run, model.device, forward)
     rounds = method.summary() if hasattr(method, 'summary') else None
@@ -561,7 +569,7 @@ def _expected(model, cell):
     method = None if cell.method == 'dense' else cell.built()
     if method is None or isinstance(method, Zeroing): return {}
     n, seqlen = cell.calibration['n'], cell.calibration['seqlen']
-    return estimate(model, method, n*seqlen, cell.sparsity, seqlen=seqlen)
+    return estimate(model, method, n*seqlen, cell.sparsity, Run(**cell.run), seqlen)
 
 def beside_published(
     grid, # YAML file

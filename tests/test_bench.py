@@ -1,15 +1,17 @@
 """Grids: what is refused before anything runs, what a cell records, and when it is run again."""
 import json
 import math
+import os
 import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers import tiny_model
+from together import needs_fork, together
 from hypothesis import given, strategies as st
 
 from prunebook import bench as bench_module
@@ -161,9 +163,9 @@ def test_other_settings_are_not_a_result(folder, written, tmp_path):
 
 
 def test_a_cell_that_fails_leaves_no_file_and_the_others_run(folder, written, tmp_path, capsys):
-    path = written(grid(folder, methods=dict(far=dict(method='random', sparsities=[.99], seeds=[0]), random={})))
-    assert bench(path, tmp_path/'out') == ['far-0.99-0']   # in processes of their own
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['dense.json', 'random-0.2-0.json', 'random-0.2-1.json']
+    path = written(grid(folder, methods=dict(far=dict(method='random', sparsities=[.99], seeds=[0]))))
+    assert bench(path, tmp_path/'out', jobs=2) == ['far-0.99-0']                              # in processes of their own
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['dense.json']
     assert 'cannot be reached' in capsys.readouterr().err
 
 
@@ -177,11 +179,45 @@ def test_cells_side_by_side(folder, written, tmp_path):
         with pytest.raises(ValueError, match='jobs is'): bench(path, tmp_path/'out', jobs=jobs)
 
 
+@needs_fork
+def test_machines_share_a_folder(folder, written, tmp_path):
+    "Two processes work on one grid at the same time; each cell is measured by one of them."
+    path, out, note = written(grid(folder)), tmp_path/'out', tmp_path/'note'
+    def measured(command, **kw):
+        with note.open('a') as f: f.write(f'{os.getpid()} {command[-1]}\n')
+        time.sleep(.5)
+        return in_process(command)
+    assert together(lambda: bench(path, out, run=measured), 2) == [0, 0]
+    who, which = zip(*(line.split() for line in note.read_text().splitlines()))
+    assert sorted(which) == sorted(read_grid(path)) and len(set(who)) == 2
+    assert sorted(p.name for p in out.iterdir()) == sorted(f'{n}.json' for n in read_grid(path))
+
+
+def test_each_job_has_its_own_gpu(folder, written, tmp_path, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,GPU-7')
+    busy, seen, together = set(), [], threading.Barrier(2, timeout=60)
+    def run(command, env, **kw):
+        card = env['CUDA_VISIBLE_DEVICES']
+        assert card not in busy
+        busy.add(card), seen.append(card)
+        together.wait()
+        busy.discard(card)
+        together.wait()
+        return subprocess.CompletedProcess(command, 0, '', '')
+    assert bench(written(grid(folder)), tmp_path/'out', jobs=2, run=run) == [] and sorted(seen) == ['4', '4', 'GPU-7', 'GPU-7']
+
+
 def test_no_such_cell(folder, written, tmp_path):
     with pytest.raises(ValueError, match="No cell is called 'nothing'"): bench(written(grid(folder)), tmp_path, 'nothing')
 
 
-def test_check(folder, written, tmp_path, capsys):
+@pytest.fixture
+def cells_here(monkeypatch):
+    "Cells are measured in this process."
+    monkeypatch.setattr(bench_module._Children, 'run', lambda self, command, **kw: in_process(command))
+
+
+def test_check(folder, written, tmp_path, capsys, cells_here):
     path, out = written(grid(folder)), tmp_path/'results'
     bench(path, out, 'cut*', run=in_process)
     assert main(['bench', str(path), '--out', str(out), '--only', 'cut*', '--check']) == 0
@@ -196,7 +232,7 @@ def test_check(folder, written, tmp_path, capsys):
     assert len(compare(old, new)) == 1 and len(compare(old, {**new, 'true_sparsity': .5})) == 2
 
 
-def test_command(folder, written, tmp_path, capsys):
+def test_command(folder, written, tmp_path, capsys, cells_here):
     path = written(grid(folder))
     assert main(['bench', str(path)]) == 2 and '--out' in capsys.readouterr().err
     assert main(['bench', str(path), '--out', str(tmp_path/'r'), '--only', 'random-0.2-0']) == 0
@@ -251,22 +287,30 @@ MUTANTS = { # what is changed in FASP
 
 @pytest.fixture(scope='module')
 def smallest():
-    "The smallest cell of FASP: the model, its windows of calibration and evaluation, and the committed record."
+    "The smallest cell of FASP with the first blocks of its model: windows of calibration and evaluation, and a record on one thread."
     cell = read_grid(SMOKE.with_suffix('.yml'))['fasp-0.1-0']
     model, tokenizer = load_model(cell.model, dtype=getattr(torch, cell.dtype))
+    del model.model.layers[5:]
+    model.config.num_hidden_layers = 5
     cut = lambda w, **kw: load_windows(w['text'], model, tokenizer, w['n'], w['seqlen'], **kw)
-    return model, cut(cell.calibration), cut(cell.evaluation[0], evaluation=True), finished(cell, SMOKE)
+    windows, test = cut(cell.calibration), cut(cell.evaluation[0], evaluation=True)
+    return model, windows, test, measured_again(finished(cell, SMOKE), model, windows, test)
 
 
-@pytest.mark.parametrize('mutant', MUTANTS)
-def test_a_changed_method_is_caught(monkeypatch, smallest, mutant):
-    "On the real model, against the committed record; without a change it passes, with another number of threads."
-    model, windows, test, committed = smallest
-    for name, f in MUTANTS[mutant].items(): monkeypatch.setattr(FASP, name, f)
-    torch.set_num_threads(2 if mutant == 'nothing' else 1)
+def measured_again(committed, model, windows, test, threads=1):
+    "The record with the share and the losses of a run of today."
+    torch.set_num_threads(threads)
     try:
         small, plan = prune(model, windows, 'fasp', .1)
         losses = window_losses(small, test).tolist()
     finally: torch.set_num_threads(1)
-    differs = compare(committed, {**committed, 'true_sparsity': plan.true_sparsity, 'losses': dict(after=losses)})
+    return {**committed, 'true_sparsity': plan.true_sparsity, 'losses': dict(after=losses)}
+
+
+@pytest.mark.parametrize('mutant', MUTANTS)
+def test_a_changed_method_is_caught(monkeypatch, smallest, mutant):
+    "On real weights; without a change it passes, with another number of threads. (`make bench-check` looks at the committed records.)"
+    model, windows, test, known = smallest
+    for name, f in MUTANTS[mutant].items(): monkeypatch.setattr(FASP, name, f)
+    differs = compare(known, measured_again(known, model, windows, test, 2 if mutant == 'nothing' else 1))
     assert bool(differs) == (mutant != 'nothing'), differs

@@ -1,20 +1,17 @@
 """Kronecker factors against gradients collected the long way, on every family, in one process and in two."""
 import copy
 import math
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from together import needs_fork, together
 from prunebook.couplings import slice_units, weight_of
 from prunebook.curvature import Factors, _nearest_kronecker, curvature, curvature_bytes, input_leaders, optimal_removal
 from prunebook.models import TINY, decoder_linears, tiny_model
 from prunebook.repair import Ridge
 from prunebook.text import Windows
+from prunebook.walk import processes
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -155,31 +152,15 @@ def test_a_dead_channel_shows_in_the_factors(family):
     assert (C[second].A.diag() == 0).sum() == 1 and (C[first].G.diag() == 0).sum() == 1
 
 
-SCRIPT = '''
-    import sys, torch
-    torch.set_num_threads(1)
-    from prunebook.curvature import curvature
-    from prunebook.models import tiny_model
-    from prunebook.text import Windows
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
-    ids = torch.randint(3, 97, (5, 12), generator=torch.Generator().manual_seed(0))
-    for n in (5, 1):
-        C = curvature(tiny_model('llama'), Windows(ids[:n], 'random'), batch_size=2)
-        torch.save({name: (f.A, f.G) for name, f in C.items()}, f'{out}-{n}-{rank}.pt')
-    torch.distributed.destroy_process_group()
-'''
-
-
+@needs_fork
 def test_two_processes(tmp_path):
     "Each takes half of the windows (or one of them none), and both get the factors of a single process."
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get('PYTHONPATH', '')])}
-    args = [sys.executable, '-c', textwrap.dedent(SCRIPT)]
-    runs = [subprocess.Popen([*args, str(r), '2', str(tmp_path/'store'), str(tmp_path/'out')], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    try: errors = [r.communicate(timeout=120)[1] for r in runs]
-    finally:
-        for r in runs: r.kill()
-    assert [r.returncode for r in runs] == [0, 0], errors
+    def worker():
+        rank = processes()[0]
+        for n in (5, 1):
+            C = curvature(tiny_model('llama'), Windows(windows().ids[:n], 'random'), batch_size=2)
+            torch.save({name: (f.A, f.G) for name, f in C.items()}, tmp_path/f'out-{n}-{rank}.pt')
+    assert together(worker, 2) == [0, 0]
     m, w = tiny_model('llama'), windows()
     for n in (5, 1):
         alone = curvature(m, Windows(w.ids[:n], 'random'), batch_size=2)

@@ -169,7 +169,7 @@ def built(d, f, V):
 tiny, model = built(32, 64, 96), built(768, 3072, 4000)
 text = random_tokens(model, n=8, seqlen=128)
 for name in sys.argv[1:]:
-    few = dict(bonsai=dict(evaluations=8), surgeon=dict(shots=1, rounds=1)).get(name, {})
+    few = dict(bonsai=dict(evaluations=8), surgeon=dict(shots=1, rounds=1), recipe=dict(shares=(.5,))).get(name, {})
     method = configured(name, few)
     prune(copy.deepcopy(tiny), random_tokens(tiny, n=8, seqlen=16), method, .2, inplace=True)   # what is loaded once
     target = copy.deepcopy(model)
@@ -183,7 +183,7 @@ for name in sys.argv[1:]:
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_the_process_holds_what_is_estimated():
     "In a process of its own; glibc is told to give back at once what is freed, as otherwise it keeps blocks below 32 MiB."
-    methods = ['magnitude', 'wanda_sp', 'flap', 'taylor', 'fasp', 'depth2', 'bonsai', 'surgeon', 'recipe']
+    methods = ['magnitude', 'flap', 'taylor', 'fasp', 'depth2', 'bonsai', 'surgeon', 'recipe']
     env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(2**18), 'TQDM_DISABLE': '1', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', MEASURED, *methods], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

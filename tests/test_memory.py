@@ -40,7 +40,7 @@ print(memory['extra'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_peak_of_a_streamed_run(dtype, tmp_path, tiny_tokenizer):
     "Shards hold three blocks; the rule is 1.5 times (embeddings + two blocks + states), above a process that has streamed a tiny model."
-    config = dict(num_hidden_layers=12, hidden_size=HIDDEN, intermediate_size=WIDTH, vocab_size=VOCABULARY,
+    config = dict(num_hidden_layers=8, hidden_size=HIDDEN, intermediate_size=WIDTH, vocab_size=VOCABULARY,
                   num_attention_heads=8, num_key_value_heads=8, head_dim=64)
     m = tiny_model('llama', **config).to(getattr(torch, dtype))
     block = sum(p.nbytes for p in m.model.layers[0].parameters())

@@ -8,31 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from together import needs_fork, together
 from safetensors.torch import load_file
 
 from prunebook.cli import main
+from prunebook.methods import configured
 from prunebook.models import verify
 from prunebook.plan import PrunePlan
+from prunebook.pruning import prune
+from prunebook.text import Windows
+from prunebook.walk import processes
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--']
 METHODS = dict(fasp=('fasp', dict(units=('value_channel', 'mlp_channel'))), recipe=('recipe', {}), surgeon=('surgeon', dict(shots=2)),
                bonsai=('bonsai', dict(evaluations=8, seqlen=12)), flap=('flap', {}))
-JOB = f'''
-import sys, torch
-from pathlib import Path
-from prunebook.methods import Run, configured
-from prunebook.models import tiny_model
-from prunebook.pruning import prune
-from prunebook.text import Windows
-from prunebook.walk import processes
-torch.set_num_threads(1)
-w = Windows(torch.randint(3, 97, (13, 24), generator=torch.Generator().manual_seed(0)), 'random')
-for name, (method, settings) in {METHODS!r}.items():
-    small, plan = prune(tiny_model('llama'), w, configured(method, settings), .2)
-    rank, count = processes() if len(sys.argv) > 2 else (0, 1)
-    torch.save((plan.kept, small.state_dict()), Path(sys.argv[1])/f'{{name}}-{{rank}}-{{count}}.pt')
-'''
+def windows(n=13): return Windows(torch.randint(3, 97, (n, 24), generator=torch.Generator().manual_seed(0)), 'random')
+
+
+def pruned(folder):
+    "Prune with every method, and keep what this process found."
+    rank, count = processes()
+    for name, (method, settings) in METHODS.items():
+        small, plan = prune(tiny_model('llama'), windows(), configured(method, settings), .2)
+        torch.save((plan.kept, small.state_dict()), folder/f'{name}-{rank}-{count}.pt')
 
 
 def run(*args, code=0):
@@ -45,18 +44,22 @@ def run(*args, code=0):
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
-    (folder/'job.py').write_text(JOB)
-    run(folder/'job.py', folder)
-    run(*TORCHRUN, folder/'job.py', folder, 'together')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pruned(folder)
+    for count in (2, 4): assert together(lambda: pruned(folder), count) == [0]*count
+    torch.set_num_threads(threads)
     return folder
 
 
+@needs_fork
+@pytest.mark.parametrize('count', [2, 4])
 @pytest.mark.parametrize('method', METHODS)
-def test_two_processes_prune_as_one(found, method):
-    "The same units to the last, and the same weights but for the order of sums; in both processes the same bits."
-    alone, first, second = (torch.load(found/f'{method}-{of}.pt') for of in ('0-1', '0-2', '1-2'))
-    assert first[0] == second[0] == alone[0]
-    assert all(torch.equal(w, second[1][n]) for n, w in first[1].items())
+def test_several_processes_prune_as_one(found, method, count):
+    "The same units to the last, and the same weights but for the order of sums; in all processes the same bits."
+    alone, first, *others = (torch.load(found/f'{method}-{of}.pt') for of in ('0-1', *(f'{i}-{count}' for i in range(count))))
+    assert first[0] == alone[0] and len(others) == count - 1
+    for other in others: assert other[0] == first[0] and all(torch.equal(w, other[1][n]) for n, w in first[1].items())
     for n, w in alone[1].items(): assert (first[1][n] - w).abs().max() <= 2e-4*w.abs().max(), n
 
 
@@ -75,8 +78,8 @@ def test_the_command_line_makes_one_folder(tmp_path, tiny_tokenizer, monkeypatch
     assert all((a[n] - b[n]).abs().max() <= 2e-4*a[n].abs().max() for n in a)
 
 
+@needs_fork
 def test_too_few_windows_are_refused(tmp_path):
-    (tmp_path/'job.py').write_text(JOB.replace('(13, 24)', '(1, 24)'))
-    p = subprocess.run([sys.executable, *TORCHRUN, str(tmp_path/'job.py'), str(tmp_path), 'together'], capture_output=True, text=True, timeout=600,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])})
-    assert p.returncode and '1 windows cannot be shared out over 2 processes; give more.' in p.stderr
+    def worker():
+        with pytest.raises(ValueError, match='1 windows cannot be shared out over 2 processes; give more.'): prune(tiny_model('llama'), windows(1), 'fasp', .2)
+    assert together(worker, 2) == [0, 0]

@@ -32,7 +32,7 @@ def agrees(asked, told):
 
 def test_every_folder_has_a_command():
     folders = {p.name for p in RESULTS.iterdir() if p.is_dir()}
-    assert folders == {*GRIDS, 'export', 'gpu', 'interactive', 'passages'}                    # the last four have scripts
+    assert folders == {*GRIDS, 'export', 'gpu', 'interactive', 'papers', 'passages'}    # papers: test_papers.py; the others have scripts
     page = (ROOT/'nbs'/'80_bench.ipynb').read_text()
     for name in GRIDS: assert f'prunebook bench results/{name}.yml --out results/{name}' in page
     for name in ('interactive', 'passages'): assert f'scripts/measure_{name}.py' in page

@@ -14,6 +14,7 @@ from test_conformance import PLAIN, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from prunebook.cli import main
 from prunebook.couplings import anatomy
 from prunebook.fasp import FASP
 from prunebook.methods import Method, Run, configured
@@ -453,19 +454,18 @@ def test_command_line_killed_and_resumed(tmp_path, tiny_tokenizer):
     m = tiny_model('llama', num_hidden_layers=12)
     saved(m, tmp_path/'dense')
     tiny_tokenizer.save_pretrained(tmp_path/'dense')
-    words = lambda out, *more: command('prune', tmp_path/'dense', '--stream', '--method', 'fasp', '--out', tmp_path/out, '--text', 'random',
-                                       '--n', 8, '--seqlen', 24, '--dtype', 'float32', '--device', 'cpu', *more)
+    words = lambda out, *more: [str(w) for w in ('prune', tmp_path/'dense', '--stream', '--method', 'fasp', '--out', tmp_path/out, '--text', 'random',
+                                                 '--n', 8, '--seqlen', 24, '--dtype', 'float32', '--device', 'cpu', *more)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}
-    assert subprocess.run(words('whole'), env=env, capture_output=True).returncode == 0
-    run = subprocess.Popen(words('killed'), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert main(words('whole')) == 0
+    run = subprocess.Popen(command(*words('killed')), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     progress, end = tmp_path/'.killed-stream'/'progress.json', time.time() + 120
     while not progress.exists() and run.poll() is None and time.time() < end: time.sleep(.001)
     run.send_signal(signal.SIGTERM if os.name == 'nt' else signal.SIGKILL)
     run.wait()
     if not (tmp_path/'killed').exists():                   # else it was quicker than the signal
         assert progress.exists()
-        done = subprocess.run(words('killed', '--resume'), env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert main(words('killed', '--resume')) == 0
     files = [{f.name: load_file(f) for f in sorted((tmp_path/out).glob('*.safetensors'))} for out in ('whole', 'killed')]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(t, files[1][f][n]) for f, tensors in files[0].items() for n, t in tensors.items())

@@ -1,0 +1,42 @@
+"""Forked processes that share the work of one run as those of `torchrun` do, without a new interpreter for each."""
+import os
+import signal
+import socket
+import time
+import traceback
+
+import pytest
+
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked')
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+def child(f, environment):
+    "Run `f()` in a forked process; its number."
+    if pid := os.fork(): return pid
+    code = 99
+    try:
+        os.environ.update(environment)
+        f()
+        code = 0
+    except BaseException: traceback.print_exc()
+    finally: os._exit(code)
+
+
+def together(f, count, seconds=300):
+    "Run `f()` in `count` processes; their exit codes. Those that run too long are killed."
+    job = dict(WORLD_SIZE=str(count), MASTER_ADDR='localhost', MASTER_PORT=str(free_port()))
+    pids = [child(f, dict(job, RANK=str(i), LOCAL_RANK=str(i))) for i in range(count)]
+    codes, end = {}, time.time() + seconds
+    while len(codes) < count:
+        for pid in set(pids) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done: codes[pid] = os.waitstatus_to_exitcode(status)
+            elif time.time() > end: os.kill(pid, signal.SIGKILL)
+        time.sleep(.01)
+    return [codes[pid] for pid in pids]
