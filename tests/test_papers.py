@@ -34,7 +34,7 @@ def test_a_grid_of_a_paper(path, tmp_path):
 @pytest.mark.parametrize('name, count', [('fasp-llama-7b', 6738415616), ('putri-llama-3-8b', 8030261248)])
 def test_the_shape_is_that_of_the_model(name, count):
     config = read_published(PAPERS/f'{name}.yml').config
-    assert n_parameters(_shaped(config, 'bfloat16').parameters()) == count
+    assert n_parameters([_shaped(config, 'bfloat16')]) == count
 
 
 def test_the_command(tmp_path, capsys):

@@ -21,7 +21,7 @@ def child(f, environment):
     if pid := os.fork(): return pid
     code = 99
     try:
-        os.environ.update(environment)
+        os.environ.update(environment, HF_DEACTIVATE_ASYNC_LOAD='1')         # threads that load do not survive a fork
         f()
         code = 0
     except BaseException: traceback.print_exc()
