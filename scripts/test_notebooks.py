@@ -124,7 +124,7 @@ def arguments(argv):
     parser.add_argument('--mode', nargs='+', choices=MODES, default=['default'], help='run all of them in these modes')
     parser.add_argument('--others', action='store_true', help='and a quarter in each mode that is not this machine\'s own')
     parser.add_argument('--quarter', type=int, choices=range(4), help='which one; by the number of commits if not given')
-    parser.add_argument('--seconds', type=float, default=30, help='in a mode of --others, begin no cell after this time')
+    parser.add_argument('--seconds', type=float, default=20, help='in a mode of --others, begin no cell after this time')
     return parser.parse_args(argv)
 
 
