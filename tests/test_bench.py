@@ -187,7 +187,7 @@ def test_machines_share_a_folder(folder, written, tmp_path):
         with note.open('a') as f: f.write(f'{os.getpid()} {command[-1]}\n')
         time.sleep(.5)
         return in_process(command)
-    assert together(lambda: bench(path, out, run=measured), 2) == [0, 0]
+    assert together(lambda: bench(path, out, run=measured), 2, share=False) == [0, 0]
     who, which = zip(*(line.split() for line in note.read_text().splitlines()))
     assert sorted(which) == sorted(read_grid(path)) and len(set(who)) == 2
     assert sorted(p.name for p in out.iterdir()) == sorted(f'{n}.json' for n in read_grid(path))

@@ -28,10 +28,11 @@ def child(f, environment):
     finally: os._exit(code)
 
 
-def together(f, count, seconds=300):
-    "Run `f()` in `count` processes; their exit codes. Those that run too long are killed."
-    job = dict(WORLD_SIZE=str(count), MASTER_ADDR='localhost', MASTER_PORT=str(free_port()))
-    pids = [child(f, dict(job, RANK=str(i), LOCAL_RANK=str(i))) for i in range(count)]
+def together(f, count, share=True, seconds=300):
+    "Run `f()` in `count` processes, which `share` one run or know nothing of each other; their exit codes. Those that run too long are killed."
+    job = dict(WORLD_SIZE=str(count), MASTER_ADDR='localhost', MASTER_PORT=str(free_port())) if share else {}
+    ranks = [dict(job, RANK=str(i), LOCAL_RANK=str(i)) if share else {} for i in range(count)]
+    pids = [child(f, environment) for environment in ranks]
     codes, end = {}, time.time() + seconds
     while len(codes) < count:
         for pid in set(pids) - codes.keys():
