@@ -86,7 +86,7 @@ bench-check: $(VENV)/.ready-dev  ## measure the smallest cell of each method aga
 	@OMP_NUM_THREADS=1 $(VENV)/bin/prunebook bench results/smoke.yml --out results/smoke --check --jobs 2
 
 test-notebooks: $(VENV)/.ready-dev  ## run every notebook, or those in NB="..."; a quarter in the other modes, too
-	$(call say,Step test-notebooks: every notebook from top to bottom (about 17 min on two cores; the time of each below))
+	$(call say,Step test-notebooks: every notebook from top to bottom (about 16 min on two cores; the time of each below))
 	@PYTHONUNBUFFERED=1 $(PY) scripts/test_notebooks.py $(NB) --mode $(MODE) $(if $(NB),,--others) $(if $(QUARTER),--quarter $(QUARTER))
 
 test-unit: $(VENV)/.ready-dev  ## run tests/

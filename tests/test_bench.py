@@ -290,8 +290,8 @@ def smallest():
     "The smallest cell of FASP with the first blocks of its model: windows of calibration and evaluation, and a record on one thread."
     cell = read_grid(SMOKE.with_suffix('.yml'))['fasp-0.1-0']
     model, tokenizer = load_model(cell.model, dtype=getattr(torch, cell.dtype))
-    del model.model.layers[5:]
-    model.config.num_hidden_layers = 5
+    del model.model.layers[3:]
+    model.config.num_hidden_layers = 3
     cut = lambda w, **kw: load_windows(w['text'], model, tokenizer, w['n'], w['seqlen'], **kw)
     windows, test = cut(cell.calibration), cut(cell.evaluation[0], evaluation=True)
     return model, windows, test, measured_again(finished(cell, SMOKE), model, windows, test)
