@@ -292,7 +292,7 @@ def smallest():
     model, tokenizer = load_model(cell.model, dtype=getattr(torch, cell.dtype))
     del model.model.layers[3:]
     model.config.num_hidden_layers = 3
-    cut = lambda w, **kw: load_windows(w['text'], model, tokenizer, w['n'], w['seqlen'], **kw)
+    cut = lambda w, **kw: load_windows(w['text'], model, tokenizer, 3, w['seqlen'], **kw)
     windows, test = cut(cell.calibration), cut(cell.evaluation[0], evaluation=True)
     return model, windows, test, measured_again(finished(cell, SMOKE), model, windows, test)
 

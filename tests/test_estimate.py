@@ -183,7 +183,7 @@ for name in sys.argv[1:]:
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_the_process_holds_what_is_estimated():
     "In a process of its own; glibc is told to give back at once what is freed, as otherwise it keeps blocks below 32 MiB."
-    methods = ['magnitude', 'flap', 'taylor', 'fasp', 'depth2', 'bonsai', 'surgeon', 'recipe']
+    methods = ['magnitude', 'wanda_sp', 'flap', 'taylor', 'fasp', 'depth2', 'bonsai', 'surgeon', 'recipe']
     env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(2**18), 'TQDM_DISABLE': '1', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', MEASURED, *methods], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
