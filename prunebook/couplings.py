@@ -161,6 +161,10 @@ FAMILIES = dict(
                      heads_stay=lambda c: _head_norms if c.qk_layernorm else ''),
     helium=replace(_gated, heads=()), seed_oss=replace(_gated, attributes=(*_groups, _kv_heads)),
     nemotron=replace(_plain, attributes=(*_groups, *_n_heads, _kv_heads)),
+    qwen3_moe=replace(_gated, otherwise=_no_mlp)) # adapters, by `config.model_type`
+
+# %% ../nbs/03_couplings.ipynb #bk8da932
+FAMILIES.update(
     starcoder2=Family(mlp_firsts=('mlp.c_fc',), mlp_second='mlp.c_proj'),
     nanochat=Family(mlp_firsts=('mlp.fc1',), mlp_second='mlp.fc2'),
     phi=Family(out='self_attn.dense', mlp_firsts=('mlp.fc1',), mlp_second='mlp.fc2'),
@@ -188,9 +192,9 @@ FAMILIES = dict(
     gpt_oss=replace(_no_mlp, heads_stay='each of them has a sink of its own'),
     qwen2_moe=Family(mlp_firsts=_linears('mlp.shared_expert', 'gate_proj', 'up_proj'),
                      mlp_second='mlp.shared_expert.down_proj', mlp_width='shared_expert_intermediate_size',
-                     adds=False, otherwise=_gated),
-    qwen3_moe=replace(_gated, otherwise=_no_mlp)) # adapters, by `config.model_type`
+                     adds=False, otherwise=_gated))
 
+# %% ../nbs/03_couplings.ipynb #bk261906
 def family_of(
     model, # a causal language model of `transformers`
 ):
@@ -397,6 +401,7 @@ class AttentionUnit(Unit):
 
     def refresh(self, model, b): refresh_attention(model, b)
 
+# %% ../nbs/03_couplings.ipynb #bkbac0d7
 class KVGroup(AttentionUnit):
     "A key-value head with all its query heads."
     name, label = 'kv_group', 'Key-value group'
@@ -408,6 +413,7 @@ class KVGroup(AttentionUnit):
         "All rows of the group."
         return [(n, t.reshape(b.kv_heads, -1)) for n, t in b.qkv_rows()]
 
+# %% ../nbs/03_couplings.ipynb #bk8a9101
 class QueryHead(AttentionUnit):
     "A query head; its key-value head stays."
     name, label = 'query_head', 'Query head'
@@ -421,6 +427,7 @@ class QueryHead(AttentionUnit):
             return 'This model has one query head per key-value head; use kv_group.'
         return super().refusal(shapes)
 
+# %% ../nbs/03_couplings.ipynb #bk095279
 class ValueChannel(AttentionUnit):
     "A channel of a value head; all query heads of the group read it."
     name, label = 'value_channel', 'Value channel'

@@ -274,6 +274,12 @@ def check_type(
         raise TypeError(str(e)) from None
 
 # %% ../nbs/04_plan.ipynb #de23b97c
+def _asked_and_true(asked, **found):
+    "In words: what a budget asked for, and what was found."
+    number = lambda x: f'{x:,.0f}' if x >= 1000 else f'{x:.4g}'
+    return ', '.join(f'{number(x)} {what}' for what, x in [*found.items(), ('asked', asked)])
+
+# %% ../nbs/04_plan.ipynb #bk7ff7a5
 @dataclass
 class PrunePlan:
     "What a method decided to keep, as data."
@@ -317,11 +323,6 @@ class PrunePlan:
         met = ''.join(f'; {unit}: {_asked_and_true(**b)}' for unit, b in self.budget.items())
         method = f'{self.method} ({self.preset})' if self.preset else self.method
         return f'{method} plan: {shares}, {len(self.kept)} couplings of model {self.model}{met}'
-
-def _asked_and_true(asked, **found):
-    "In words: what a budget asked for, and what was found."
-    number = lambda x: f'{x:,.0f}' if x >= 1000 else f'{x:.4g}'
-    return ', '.join(f'{number(x)} {what}' for what, x in [*found.items(), ('asked', asked)])
 
 # %% ../nbs/04_plan.ipynb #d00r0009
 def _check_plan(
