@@ -6,10 +6,9 @@
 __all__ = ['sub_model', 'token_loss', 'prior_scores', 'sub_model_losses', 'Bonsai']
 
 # %% ../nbs/40_bonsai.ipynb #14827e21
-import copy, hashlib, json, math, os, time, warnings
+import copy, hashlib, math, time, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 import torch
 from fastcore.basics import patch
@@ -20,6 +19,7 @@ from .couplings import UNITS, OwnConfig, anatomy, couplings, set_attribute, slic
 from .methods import Method, Needs, setting
 from .models import decoder_linears, n_parameters
 from .plan import REMEDIES, bundles, check_numbers, global_steps, keep_after, uniform_steps
+from .progress import _EvaluationLog
 from .stream import run_key
 from .text import Windows
 from .walk import from_first, gathered, processes, replaced, walk
@@ -291,81 +291,6 @@ def _orthogonal_pairs(
             m[i, 0, play[first]] = True
             m[i, 1, play[~first]] = True
     return masks
-
-# %% ../nbs/40_bonsai.ipynb #9df85015
-class _EvaluationLog:
-    "Append-only file of evaluations: one JSON header, then one line for each."
-    def __init__(self,
-        path, # file to continue or begin; None keeps nothing
-        header, # what the evaluations depend on, as a dict of plain values
-    ):
-        self.path = path and Path(path)
-        self.known = {}
-        if self.path is None: return
-        head = json.loads(json.dumps(dict(bonsai=1, **header)))
-        if not (self.path.exists() and self._read(head)): self._write(head, 'w')
-
-    def _write(self, record, mode='a'):
-        "Every record is on the disk before the next sub-model runs."
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, mode, encoding='utf-8') as f:
-            f.write(json.dumps(record) + '\n')
-            f.flush()
-            os.fsync(f.fileno())
-
-    def add(self, round, evaluation, mask, loss):
-        "Append one evaluation."
-        if self.path: self._write(dict(round=round, evaluation=evaluation, mask=mask, loss=loss))
-
-# %% ../nbs/40_bonsai.ipynb #b4sp0002
-def _is_record(r):
-    "Whether a line of a log is an evaluation."
-    if not isinstance(r, dict): return False
-    types = [type(r.get(k)) for k in ('round', 'evaluation', 'mask')]
-    loss = r.get('loss')
-    return types == [int, int, str] and type(loss) in (int, float) and math.isfinite(loss)
-
-@patch
-def _check(self:_EvaluationLog, whole, raw, head):
-    "Raises `ValueError` for a file that is not the log of this run."
-    refused = lambda why='': ValueError(f'{self.path} is not an evaluation log{why}; name another file.')
-    try: lines = [json.loads(l) for l in whole.splitlines()]
-    except (ValueError, RecursionError) as e: raise refused(f' ({e})') from e
-    if not lines:
-        if not json.dumps(head).encode().startswith(raw): raise refused()
-        return
-    if lines[0] != head:
-        differ = [k for k in head if not isinstance(lines[0], dict) or lines[0].get(k) != head[k]]
-        raise ValueError(f'{self.path} belongs to another run (it differs in {", ".join(differ)}); '
-                         'name another file, or delete it to begin anew.')
-    wrong = next((i for i, r in enumerate(lines[1:], 2) if not _is_record(r)), None)
-    if wrong: raise refused(f' (line {wrong} holds no evaluation)')
-
-# %% ../nbs/40_bonsai.ipynb #71cbd27f
-@patch
-def _read(self:_EvaluationLog, head):
-    "Take over what is there, without a torn line; False if there is not even a header."
-    raw = self.path.read_bytes()
-    whole = raw[:raw.rfind(b'\n') + 1]
-    self._check(whole, raw, head)
-    if len(whole) < len(raw):
-        warnings.warn(f'The last line of {self.path} is torn; it is cut off and evaluated again.')
-        os.truncate(self.path, len(whole))
-    self.known = {(r['round'], r['evaluation']): r for r in map(json.loads, whole.splitlines()[1:])}
-    return bool(whole)
-
-@patch
-def get(self:_EvaluationLog,
-    round, # number of the round
-    evaluation, # number of the evaluation in it
-    mask, # fingerprint of its mask and text
-):
-    "The recorded loss, or None. Raises `ValueError` if it was of another mask."
-    r = self.known.get((round, evaluation))
-    if r is None: return None
-    if r['mask'] == mask: return r['loss']
-    raise ValueError(f'Evaluation {evaluation} of round {round} in {self.path} was of another sub-model, '
-                     'as happens on another machine or version; delete it to begin anew.')
 
 # %% ../nbs/40_bonsai.ipynb #ec490457
 def _fingerprint(mask, ids):

@@ -103,22 +103,23 @@ def _check_prune(out, sparsity, report, tasks, stream, resume):
         raise ValueError('--report measures the model in memory; leave it out with --stream, '
                          'and use prunebook eval afterwards.')
 
-def _pruned_folder(model, out, method, budget, text, run, device, dtype, force, as_json, resume):
-    "Prune a folder block by block; the words that say so, in the first process."
+def _prune_folder(model, out, method, budget, text, run, device, dtype, force, as_json, resume):
+    "Prune a folder block by block, in the first process, and say so."
     from dataclasses import replace
     from prunebook.models import default_device
     where = dict(device=str(device or default_device()), dtype=_dtype(dtype, device))
     run = replace(run, **where, out=out, resume=resume, overwrite=force)
-    return _streamed(model, method, budget, text, run, as_json) if _is_first() else ''
+    if _is_first(): print(_streamed(model, method, budget, text, run, as_json))
 
-def _pruned_model(model, out, method, budget, text, run, device, dtype, force, as_json, report, asked, eval_n, trust):
-    "Prune a model in memory and save it; the words that say so."
+def _prune_model(model, out, method, budget, text, run, device, dtype, force, as_json, report, asked, eval_n, trust):
+    "Prune a model in memory, save it, and say so."
     with _place(out, model, budget.get('sparsity', 0), device, dtype, force):
         net, tokenizer = _load(model, device, dtype, trust)
         calibration, test = _windows(net, tokenizer, **text, eval_n=eval_n)
         small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, budget, report, run, asked)
         took = dict(name=model, seed=text['seed'], **took)
-        return _finish(small, tokenizer, plan, out, force, as_json, took, states)
+        said = _finish(small, tokenizer, plan, out, force, as_json, took, states)
+    if _is_first(): print(said)
 
 # %% ../nbs/99_cli.ipynb #bdfa5efe
 def cmd_prune(
@@ -167,9 +168,8 @@ def cmd_prune(
     method, asked = _method(method, settings, multiple, keep, preset), (_tasks(tasks, limit), limit)
     text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=_bos(bos))
     given = model, out, method, budget, text, run, device, dtype, force, json
-    if stream: shown = _pruned_folder(*given, resume)
-    else: shown = _pruned_model(*given, report, asked, eval_n, trust_remote_code)
-    if _is_first(): print(shown)
+    if stream: _prune_folder(*given, resume)
+    else: _prune_model(*given, report, asked, eval_n, trust_remote_code)
 
 # %% ../nbs/99_cli.ipynb #5t7ea002
 def _streamed(model, method, budget, text, run, as_json):

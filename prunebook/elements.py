@@ -17,7 +17,7 @@ from .methods import Method, Run
 from .models import decoder_linears, n_parameters, text_config
 from .repair import Ridge, as_double, double_device
 from .scores import _heard, _whole_blocks, check_pattern, linears_to_sparsify, with_bias, zeros_among
-from .surgeon import set_weight
+from .structures import set_weight
 from .walk import gram, record_calls, walk
 
 # %% ../nbs/51_elements.ipynb #958ea5b5

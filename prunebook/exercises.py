@@ -21,7 +21,7 @@ from .models import decoder_linears, n_parameters, tiny_model
 from .plan import global_steps, uniform_steps
 from .repair import Ridge
 from .scores import channel_moments, fluctuation, wanda_mask
-from .surgeon import row_costs
+from .structures import row_costs
 from .text import random_tokens
 
 # %% ../nbs/66_exercises.ipynb #01b0ccff

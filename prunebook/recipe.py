@@ -21,7 +21,7 @@ from .methods import Method, Needs, setting
 from .plan import bundles, check_numbers, check_type, global_steps, keep_after, write_atomic
 from .repair import as_double
 from .stream import in_basis, run_key, values_turn
-from .surgeon import remove_rows, row_costs
+from .structures import remove_rows, row_costs
 from .text import Windows
 from .walk import gathered, logits_after, record_calls, replaced, through
 
