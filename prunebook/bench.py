@@ -91,18 +91,18 @@ def _zero_elements(model, windows, sparsity, score, m=None, gradients=None, **op
     return sparsify_elements(model, windows, **pattern, factors=factors, **options)
 
 def _zero_structures(model, windows, sparsity, criterion='full', **options):
-    from prunebook.surgeon import zero_structures
+    from prunebook.structures import zero_structures
     return zero_structures(model, windows, sparsity, criterion=criterion, **options)
 
 # %% ../nbs/80_bench.ipynb #r80z0005
 ZEROING = dict(elements=_zero_elements, structures=_zero_structures) # ways to zero weights, by name
-_HOMES = dict(elements='prunebook.elements', structures='prunebook.surgeon') # where their functions live
+_HOMES = dict(elements='prunebook.elements', structures='prunebook.structures') # where their functions live
 _SCORES = ('magnitude', 'wanda', 'sparsegpt', 'inputs', 'curvature', 'shots')
 
 def _settings_of(name, score=None):
     "Names of the settings of a way to zero weights."
     from prunebook.elements import sparsify_by_sparsegpt, sparsify_elements, sparsify_shots
-    from prunebook.surgeon import zero_structures
+    from prunebook.structures import zero_structures
     functions = dict(structures=zero_structures, shots=sparsify_shots, sparsegpt=sparsify_by_sparsegpt,
                      inputs=sparsify_elements, curvature=sparsify_elements)
     f = functions.get(name if name == 'structures' else score)
@@ -294,7 +294,7 @@ def _disk_bytes(model, plan):
 def _zeros(model, plan):
     "Where zeros are, for what only makes zeros."
     if plan.method not in ZEROING: return {}
-    from prunebook.surgeon import drop_dead, zero_share
+    from prunebook.structures import drop_dead, zero_share
     zeros = {n: zero_share([l]) for n, l in decoder_linears(model).items()}
     if plan.method == 'elements': return dict(zeros=zeros)
     drop_dead(small := copy.deepcopy(model))

@@ -139,6 +139,7 @@ def _works(model, table, ids):
         for k in _some_rungs(c): works[c.kind, k*c.groups/c.n_units] = run(_narrower(model, c, k))
     return works
 
+# %% ../nbs/07a_budget.ipynb #bka6d4a1
 def _seconds(f, device):
     "What `f()` takes: time on the clock; of the process where it has one thread on a processor."
     if device.type != 'cpu' or torch.get_num_threads() > 1: return _timed(f, device)
@@ -158,6 +159,7 @@ def _in_turn(works, device, seconds, fewest=3):
     rounds = rounds[1:]                                    # the first warms up
     return median(r['dense'] for r in rounds), {k: median(r[k]/r['dense'] for r in rounds) for k in works}
 
+# %% ../nbs/07a_budget.ipynb #bk0d934e
 @torch.no_grad()
 def measure_speed(
     model, # a dense causal language model in evaluation mode

@@ -89,6 +89,38 @@ def _load(model, device, dtype, trust=False):
     with readable(model), torch.no_grad(): net(two, use_cache=False)
     return net, tokenizer
 
+# %% ../nbs/99_cli.ipynb #bk99prun
+def _check_prune(out, sparsity, report, tasks, stream, resume):
+    "Raises `ValueError` for options that do not go together, or a sparsity that cannot be."
+    if out is None: raise ValueError('Name the folder to make with --out.')
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
+    if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
+    if resume and not stream:
+        raise ValueError('--resume goes on with a run of --stream; '
+                         'other runs keep their progress in the file of --log.')
+    if stream and report:
+        raise ValueError('--report measures the model in memory; leave it out with --stream, '
+                         'and use prunebook eval afterwards.')
+
+def _prune_folder(model, out, method, budget, text, run, device, dtype, force, as_json, resume):
+    "Prune a folder block by block, in the first process, and say so."
+    from dataclasses import replace
+    from prunebook.models import default_device
+    where = dict(device=str(device or default_device()), dtype=_dtype(dtype, device))
+    run = replace(run, **where, out=out, resume=resume, overwrite=force)
+    if _is_first(): print(_streamed(model, method, budget, text, run, as_json))
+
+def _prune_model(model, out, method, budget, text, run, device, dtype, force, as_json, report, asked, eval_n, trust):
+    "Prune a model in memory, save it, and say so."
+    with _place(out, model, budget.get('sparsity', 0), device, dtype, force):
+        net, tokenizer = _load(model, device, dtype, trust)
+        calibration, test = _windows(net, tokenizer, **text, eval_n=eval_n)
+        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, budget, report, run, asked)
+        took = dict(name=model, seed=text['seed'], **took)
+        said = _finish(small, tokenizer, plan, out, force, as_json, took, states)
+    if _is_first(): print(said)
+
 # %% ../nbs/99_cli.ipynb #bdfa5efe
 def cmd_prune(
     model:str, # smollm2-135m, a model folder, or a hub id
@@ -131,34 +163,13 @@ def cmd_prune(
     resume:store_true=False, # with --stream: go on with an interrupted run
 ):
     "Make a smaller model and save it with its plan (and, with --report, a report and its plot)."
-    from dataclasses import replace
-    from prunebook.models import default_device
-    if out is None: raise ValueError('Name the folder to make with --out.')
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ValueError(f'sparsity is {sparsity}; it is a fraction in [0, 1), for example 0.2.')
-    run = _run_of(batch_size, log, lean)
-    budget = _budget(sparsity, parameters, bytes, speed)
-    method, bos = _method(method, settings, multiple, keep, preset), _bos(bos)
-    if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
-    asked = _tasks(tasks, limit), limit
-    if resume and not stream:
-        raise ValueError('--resume goes on with a run of --stream; '
-                         'other runs keep their progress in the file of --log.')
-    if stream:
-        if report:
-            raise ValueError('--report measures the model in memory; leave it out with --stream, '
-                             'and use prunebook eval afterwards.')
-        text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=bos)
-        where = dict(device=str(device or default_device()), dtype=_dtype(dtype, device))
-        run = replace(run, **where, out=out, resume=resume, overwrite=force)
-        shown = _streamed(model, method, budget, text, run, json) if _is_first() else ''
-        return print(shown) if _is_first() else None
-    with _place(out, model, sparsity or 0, device, dtype, force):
-        net, tokenizer = _load(model, device, dtype, trust_remote_code)
-        calibration, test = _windows(net, tokenizer, _text(text), n, seqlen, seed, eval_n, bos)
-        small, plan, took, states = _pruned(net, tokenizer, calibration, test, method, budget, report, run, asked)
-        shown = _finish(small, tokenizer, plan, out, force, json, dict(name=model, seed=seed, **took), states)
-    if _is_first(): print(shown)
+    _check_prune(out, sparsity, report, tasks, stream, resume)
+    run, budget = _run_of(batch_size, log, lean), _budget(sparsity, parameters, bytes, speed)
+    method, asked = _method(method, settings, multiple, keep, preset), (_tasks(tasks, limit), limit)
+    text = dict(source=_text(text), n=n, seqlen=seqlen, seed=seed, bos=_bos(bos))
+    given = model, out, method, budget, text, run, device, dtype, force, json
+    if stream: _prune_folder(*given, resume)
+    else: _prune_model(*given, report, asked, eval_n, trust_remote_code)
 
 # %% ../nbs/99_cli.ipynb #5t7ea002
 def _streamed(model, method, budget, text, run, as_json):

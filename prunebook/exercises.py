@@ -21,7 +21,7 @@ from .models import decoder_linears, n_parameters, tiny_model
 from .plan import global_steps, uniform_steps
 from .repair import Ridge
 from .scores import channel_moments, fluctuation, wanda_mask
-from .surgeon import row_costs
+from .structures import row_costs
 from .text import random_tokens
 
 # %% ../nbs/66_exercises.ipynb #01b0ccff
@@ -260,6 +260,7 @@ exercise('plan-1', lambda: (30/100)*300/200,
     'The MLP must give more than its share, because nothing else gives: divide by 2/3.': lambda: .3*2/3,
     'The sparsity counts all parameters of the decoder, but only the MLP gives.': lambda: .3})
 
+# %% ../nbs/66_exercises.ipynb #232410c1
 def _some_groups(gen):
     "Scores of units in equal groups, and how many leave each group."
     groups, size = _whole(gen, 2, 3), _whole(gen, 4, 6)
@@ -285,6 +286,7 @@ exercise('plan-2', _kept_in_groups, 'Each group is sorted for itself, so that al
         lambda s, groups, steps: (_order(s, groups)[:, steps:] + _first(s, groups)).flatten()},
     draw=_some_groups, function=True)
 
+# %% ../nbs/66_exercises.ipynb #232410c2
 def _unlike_scores(gen):
     "Couplings of three blocks, scores (of block 0 three times too large), and parameters of the decoder."
     model = tiny_model('llama')
@@ -314,6 +316,7 @@ exercise('scores-1', lambda: _places(wanda_mask(_ROW, _NORMS, sparsity=.5)[0]),
     'Take absolute values: a negative weight can be large.': lambda: [2, 3],
     'These two leave.': lambda: [0, 3]})
 
+# %% ../nbs/66_exercises.ipynb #4f5c96c1
 def _weight_and_inputs(gen):
     "A weight (d, f) and inputs (tokens, f) with a mean."
     return _normal(gen, 3, 6), _normal(gen, 30, 6)*torch.rand(6, generator=gen) + _normal(gen, 6)
@@ -332,6 +335,7 @@ exercise('scores-2', _fluctuation,
     'Divide by the number of tokens: torch.var divides by one less, unless correction=0.':
         lambda W, X: X.var(0)*W.square().sum(0)}, draw=_weight_and_inputs, function=True)
 
+# %% ../nbs/66_exercises.ipynb #4f5c96c2
 def _plain_and_ids(gen): return _tiny_and_ids(gen, attention_bias=False, mlp_bias=False)
 
 def _next_loss(model, ids):
@@ -365,6 +369,7 @@ exercise('scores-3', lambda m, ids: ('equal', _slope(m, ids, 'up_proj')),
         lambda m, ids: ('different', _slope(m, ids, 'up_proj'))},
     draw=_plain_and_ids, choices=('equal', 'different'), tolerance=.02)
 
+# %% ../nbs/66_exercises.ipynb #4f5c96c3
 def _covariance_and_mean(gen): return _moments_of(gen, 5), _normal(gen, 5)
 
 def _least_variance(S, mu):
@@ -393,6 +398,7 @@ exercise('repair-1', _copied_weights,
     'This is the change; add the old weights.': lambda: [10., -5.],
     'Channel 2 enters with its own weight, 5.': lambda: [3., 1.]})
 
+# %% ../nbs/66_exercises.ipynb #6da09fc1
 def _fit_inputs(gen):
     "A weight (d, f), second moments (f, f), columns that stay, and the strength of a ridge."
     keep = torch.randperm(8, generator=gen)[:5].sort().values
@@ -416,6 +422,7 @@ exercise('repair-2', _refit, 'U(C_MM + δI) = W C_:M + δ W_:M, solved for all r
         lambda W, C, keep, delta: _refit(W, C, keep, delta*C[keep][:, keep].diag().mean().item())},
     draw=_fit_inputs, function=True)
 
+# %% ../nbs/66_exercises.ipynb #6da09fc2
 def _few_and_many(gen):
     "24 tokens to fit, 2000 others, a weight, and columns that stay."
     mix = _normal(gen, 6, 20)
@@ -532,6 +539,7 @@ exercise('depth2-1', lambda: _js((1., 0.), (.5, .5)),
     'This is the Kullback-Leibler divergence of P from Q; compare both with M.': lambda: math.log(2),
     'Each of the two divergences counts half.': lambda: 2*_js((1., 0.), (.5, .5))})
 
+# %% ../nbs/66_exercises.ipynb #460144c1
 def _two_maps(gen):
     "Attention maps of two heads, (tokens, tokens), causal: zero above the diagonal."
     logits = 2*_normal(gen, 2, 6, 6)
@@ -552,6 +560,7 @@ exercise('depth2-2', lambda P, Q: sum(_row_js(P, Q))/6,
     'A row of a map is a distribution. Take the mean over rows, not over all entries.':
         lambda P, Q: sum(_row_js(P, Q))/36}, draw=_two_maps, function=True)
 
+# %% ../nbs/66_exercises.ipynb #460144c2
 def _gated_unit(gen):
     "A row of up and of gate, (8,), a column of down, (5,), and Σ of the inputs, (8, 8)."
     return _normal(gen, 8), _normal(gen, 8), _normal(gen, 5), _moments_of(gen, 8)
@@ -679,6 +688,7 @@ exercise('surgeon-1', lambda: row_costs(_W2.T, _G2, _A2.inverse())[0],
         lambda: 11.,
     'Divide by the entry of the inverse; it is 2/3.': lambda: .5*11*2/3})
 
+# %% ../nbs/66_exercises.ipynb #8c9077c1
 def _columns_gone(gen):
     "A weight (4, 6), second moments of its inputs, and the columns that go."
     return _normal(gen, 4, 6), _moments_of(gen, 6), torch.randperm(6, generator=gen)[:2].sort().values
@@ -709,6 +719,7 @@ exercise('surgeon-2', _best_columns,
     'The removed columns should be zero as well.': _gone_as_before},
     draw=_columns_gone, function=True)
 
+# %% ../nbs/66_exercises.ipynb #8c9077c2
 def _two_curvatures(gen):
     "A weight (5, 6), the moments of its inputs, and two factors of its outputs."
     W, A, G1 = _normal(gen, 5, 6), _moments_of(gen, 6), _moments_of(gen, 5)
@@ -746,6 +757,7 @@ exercise('recipe-1', _power_shares,
         lambda: [1., 4**(-1/3), 16**(-1/3)],
     'Dear blocks give less.': lambda: [1., 2., 4.]}, tolerance=.01)
 
+# %% ../nbs/66_exercises.ipynb #d5f71ec1
 def _two_logits(gen):
     "Logits of a dense and of a pruned model, (tokens, vocabulary)."
     dense = 2*_normal(gen, 7, 9)
@@ -764,6 +776,7 @@ exercise('recipe-2', lambda p, q: sum(_divergences(p, q))/7,
         lambda p, q: sum(_divergences(p, q))/63,
     'Give one number: the mean over tokens.': _divergences}, draw=_two_logits, function=True)
 
+# %% ../nbs/66_exercises.ipynb #d5f71ec2
 def _one_head(gen): return _normal(gen, 12, 5), _moments_of(gen, 5)
 
 def _energies(W, C): return torch.linalg.svdvals((torch.linalg.cholesky(C.double()).T @ W.double().T)).square()
@@ -808,6 +821,7 @@ exercise('lab-1', _smollm2_numbers,
     'A gated MLP has three matrices, and keys and values have 3 heads, not 9. One of both is missing.':
         lambda: (2/3, ...)})
 
+# %% ../nbs/66_exercises.ipynb #17b8bec1
 def _contributions(W, X):
     "Two-norm of what each channel adds to the output."
     return [(X[:, [j]].double() @ W[:, [j]].double().T).norm() for j in range(W.shape[1])]
@@ -820,6 +834,7 @@ exercise('lab-2', _contributions,
     'This is the 1-norm of the columns, as FASP has it. Here the exact size is asked.':
         lambda W, X: W.abs().sum(0)*X.norm(dim=0)}, draw=_weight_and_inputs, function=True)
 
+# %% ../nbs/66_exercises.ipynb #17b8bec2
 def _block_scores(gen):
     "Scores of three blocks with 8 channels each, and how many channels leave in all."
     return torch.rand(3, 8, generator=gen)*torch.tensor([[.1], [.5], [1.]]), _whole(gen, 9, 15)
@@ -843,6 +858,7 @@ exercise('lab-3', _one_by_one, 'One threshold for all blocks, and one channel st
     'This is how many stay. How many leave?': lambda s, n: 8 - torch.tensor(_one_by_one(s, n)),
     'These leave from the strong end.': lambda s, n: _one_by_one(-s, n)}, draw=_block_scores, function=True)
 
+# %% ../nbs/66_exercises.ipynb #17b8bec3
 def _refit_damped(W, C, keep, damp): return _refit(W, C, keep, damp*C[keep][:, keep].diag().mean().item())
 
 exercise('lab-4', _refit_damped,
@@ -855,6 +871,7 @@ exercise('lab-4', _refit_damped,
     'These are the old weights: nothing was re-fitted.': lambda W, C, keep, damp: W[:, keep],
     'This is the transpose of the answer.': lambda *x: _refit_damped(*x).T}, draw=_fit_inputs, function=True)
 
+# %% ../nbs/66_exercises.ipynb #17b8bec4
 def _losses_of_two(gen):
     "Losses of two models on the same 12 windows."
     hard = 3 + _normal(gen, 12)

@@ -298,6 +298,7 @@ def _sentence_piece(writer, t, tokens):
     writer.add_token_scores(_scores(tokens, merges))
     writer.add_add_space_prefix('"Prepend"' in front or '"always"' in front or '"first"' in front)
 
+# %% ../nbs/85_export.ipynb #bk2af7bc
 def _tokenizer(
     writer, # a `GGUFWriter`
     folder, # a model folder

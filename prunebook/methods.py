@@ -195,6 +195,7 @@ def check(self:Method):
         raise ValueError(f'multiple is {self.multiple!r}, a width of the MLP, but the units are '
                          f'{", ".join(self.units)}; name the kind, for example {{"{known[0].name}": 8}}.')
 
+# %% ../nbs/06_methods.ipynb #bkf136b7
 def _means(which, layer, module):
     "Whether a block number, or a part of a module name such as `layers.3.mlp`, means a module of a block."
     return which == layer if isinstance(which, int) else f'.{which}.' in f'.{module}.'
@@ -211,6 +212,7 @@ def _without(table, keep, model):
     if table and not left: raise ValueError(f'keep {tuple(keep)} leaves nothing to prune.')
     return left
 
+# %% ../nbs/06_methods.ipynb #bk4c438e
 @patch
 def multiple_of(self:Method,
     unit, # a kind of unit from `UNITS`

@@ -183,6 +183,7 @@ class Proposal:
 
     def __str__(self): return self.lines()
 
+# %% ../nbs/64a_propose.ipynb #bk350cc8
 def draft(
     model, # a causal language model of `transformers`
 ):
@@ -221,6 +222,7 @@ def registered(
         if old is None: del FAMILIES[kind]
         else: FAMILIES[kind] = old
 
+# %% ../nbs/64a_propose.ipynb #bkbf3097
 def small_twin(
     model, # a causal language model of `transformers`
     least=2_000_000, # a model with fewer parameters is copied
@@ -239,6 +241,7 @@ def small_twin(
         for name, p in twin.named_parameters(): p.normal_(1. if 'norm' in name and p.ndim == 1 else 0., .05)
     return twin
 
+# %% ../nbs/64a_propose.ipynb #bke3d694
 def _passes(check, *args, **kw):
     try: check(*args, **kw)
     except Exception: return False                         # whatever stops it: this adapter is not the one

@@ -58,17 +58,20 @@ class Visit:
     @cached_property
     def gram(self): return self.over_all(self.stage.gram())    # second moments of the inputs, (f, f)
 
-    def over_all(self,
-        sums, # sums over the tokens of `X`
-    ):
-        "Sums over all tokens, also those that other processes read."
-        return summed(sums) if self.shared else sums
+# %% ../nbs/07_stream.ipynb #bk88baeb
+@patch
+def over_all(self:Visit,
+    sums, # sums over the tokens of `X`
+):
+    "Sums over all tokens, also those that other processes read."
+    return summed(sums) if self.shared else sums
 
-    def module(self,
-        name, # name of a linear of the block
-    ):
-        "Its weight as (out, in)."
-        return weight_of(self.model.get_submodule(name)).detach()
+@patch
+def module(self:Visit,
+    name, # name of a linear of the block
+):
+    "Its weight as (out, in)."
+    return weight_of(self.model.get_submodule(name)).detach()
 
 # %% ../nbs/07_stream.ipynb #fc28032d
 @patch
@@ -257,6 +260,7 @@ def _without_text(ctx):
             finished = True
         finally: ctx.source.close(b, finished)
 
+# %% ../nbs/07_stream.ipynb #bkacf0e1
 @torch.no_grad()
 def visits(
     ctx, # the `Context` of the run
@@ -280,6 +284,7 @@ def visits(
             v.stage = v.dense = None                       # and must not hold what it has seen
         del stage, goal                                    # nor does this loop
 
+# %% ../nbs/07_stream.ipynb #bk840ca0
 def _own_share(ctx):
     "The context with the windows of this process, and whether there are others. Raises `ValueError` for too few."
     rank, count = ctx.processes
@@ -317,6 +322,7 @@ def stream(
         else: _decide(method, v, kept, scores, needs.everywhere)
     return kept, scores
 
+# %% ../nbs/07_stream.ipynb #bk78a557
 def _every_column(v): return torch.arange(v.weight.shape[1], device=v.weight.device)
 
 def _given_steps(ctx):
@@ -338,6 +344,7 @@ def _agreed(v, x):
     if v.shared: distributed.broadcast(x, 0)
     return x
 
+# %% ../nbs/07_stream.ipynb #bk7426c4
 @patch
 def stream(self:Context,
     method, # a `Method`

@@ -120,6 +120,7 @@ def _harness():
     except ImportError as e: raise ImportError('Zero-shot tasks need lm_eval: pip install "prunebook[eval]"') from e
     return simple_evaluate, HFLM, TaskManager
 
+# %% ../nbs/02a_tasks.ipynb #bkd417c4
 def _configuration(task, path):
     "The task as the harness wants it: a name that it knows, or the description of a file."
     if path is None: return task
@@ -133,6 +134,7 @@ def _score(samples):
     seen = json.dumps([s['doc_hash'] for s in samples])
     return TaskScore([int(s['acc']) for s in samples], hashlib.sha256(seen.encode()).hexdigest()[:12])
 
+# %% ../nbs/02a_tasks.ipynb #bk22eb7d
 def zero_shot(
     model, # a causal language model in memory
     tokenizer, # its tokenizer

@@ -162,6 +162,23 @@ def checked(
     return stage
 
 # %% ../nbs/05_walk.ipynb #281d75e6
+def _recorded(source, batches):
+    "Inputs of the first block, and the calls of all blocks, for each batch."
+    calls = []
+    def first_inputs():
+        for ids in batches:
+            first, others = record_calls(source.model, ids)
+            calls.append(others)
+            yield first
+    with source.embeddings(): return source.collect(first_inputs()), calls
+
+def _visit(layer, x, args, kw, pairs):
+    "Run a block with some modules replaced; None if it was stopped on the way."
+    try:
+        with replaced(pairs): return _tensor(layer(x, *args, **kw))
+    except _Stop: return None
+
+# %% ../nbs/05_walk.ipynb #bk6deb1b
 @torch.no_grad()
 def walk(
     model, # a causal language model of `transformers`, perhaps sliced on the way, or a source of its blocks
@@ -191,22 +208,6 @@ def walk(
             finished = True
         finally: source.close(b, finished)                 # also when the caller stops early
         if log: log.record(b, states)
-
-def _recorded(source, batches):
-    "Inputs of the first block, and the calls of all blocks, for each batch."
-    calls = []
-    def first_inputs():
-        for ids in batches:
-            first, others = record_calls(source.model, ids)
-            calls.append(others)
-            yield first
-    with source.embeddings(): return source.collect(first_inputs()), calls
-
-def _visit(layer, x, args, kw, pairs):
-    "Run a block with some modules replaced; None if it was stopped on the way."
-    try:
-        with replaced(pairs): return _tensor(layer(x, *args, **kw))
-    except _Stop: return None
 
 # %% ../nbs/05_walk.ipynb #a3c9a894
 def _inputs(source, module, n, run, pairs):
@@ -247,6 +248,7 @@ def _computed(b, second, states, run):
     stage.X.clear()
     return stage
 
+# %% ../nbs/05_walk.ipynb #bk1330a0
 def _stages(source, b, states, run, firsts, outputs, waiting):
     "The stages of one block; then the states are those after it, on the device `waiting`."
     n = len(states)
@@ -404,6 +406,13 @@ def walk_both(
         del old, new                                       # goals and outputs live in the walks alone
     next(pruned, None)                                     # the last block is finished, too
 
+# %% ../nbs/05_walk.ipynb #bk52cb0a
+def _sums(X, Y, sign, in_place):
+    "x + sign·y for each pair, on the device of y; at the end of a block nobody else holds the x."
+    add = torch.Tensor.add_ if in_place else torch.add
+    return [add(x.to(y.device), y.view_as(x), alpha=sign) for x, y in zip(X, Y)]
+
+# %% ../nbs/05_walk.ipynb #bk8f69ca
 # The drift of eq. target: what the stream has lost so far.
 @torch.no_grad()
 def drifting(
@@ -429,8 +438,3 @@ def drifting(
         if log and adds: log.beside('drift').states = drift
         if targets: targets.clear()                        # whoever still holds what was yielded
         del old, new
-
-def _sums(X, Y, sign, in_place):
-    "x + sign·y for each pair, on the device of y; at the end of a block nobody else holds the x."
-    add = torch.Tensor.add_ if in_place else torch.add
-    return [add(x.to(y.device), y.view_as(x), alpha=sign) for x, y in zip(X, Y)]

@@ -19,7 +19,8 @@ from prunebook.models import TINY, decoder_linears
 from prunebook.plan import PrunePlan
 from prunebook.recipe import Recipe
 from prunebook.scores import FLAP, Taylor, sparsify
-from prunebook.surgeon import Surgeon, _load_state
+from prunebook.progress import _load_state
+from prunebook.surgeon import Surgeon
 from prunebook.text import Windows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

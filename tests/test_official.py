@@ -16,7 +16,7 @@ from prunebook.pruning import prune
 from prunebook.scores import _lost_mean, _scores_of_whole_blocks, running_moments, wanda_mask
 from prunebook.sources import InMemory
 from prunebook.stream import Context
-from prunebook.surgeon import _structured_threshold, living_inverses, remove_structures, row_costs
+from prunebook.structures import _structured_threshold, living_inverses, remove_structures, row_costs
 from prunebook.text import Windows
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -13,11 +13,12 @@ from prunebook.methods import Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.repair import Ridge
-from prunebook.surgeon import (Surgeon, _CRITERIA, _adapt_to_loss, _correct, _dead_units, _living, _load_state,
-                               _loss_slopes, _low_rank_step, _save_state, _structure_costs,
-                               _structured_threshold, drop_dead, living_inverses, remove_rows,
-                               remove_structures, row_costs, set_weight, unit_costs, with_bias, zero_share,
-                               zero_structures)
+from prunebook.progress import _load_state, _save_state
+from prunebook.scores import with_bias
+from prunebook.structures import (_CRITERIA, _dead_units, _living, _structure_costs, _structured_threshold, drop_dead,
+                                  living_inverses, remove_rows, remove_structures, row_costs, set_weight, zero_share,
+                                  zero_structures)
+from prunebook.surgeon import Surgeon, _adapt_to_loss, _correct, _loss_slopes, _low_rank_step, unit_costs
 from prunebook.text import Windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
