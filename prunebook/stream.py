@@ -19,7 +19,7 @@ from .methods import Method, Needs, Run
 from .models import decoder_linears, n_parameters, text_config
 from .plan import keep_after, model_fingerprint
 from .repair import as_double
-from .sources import _give_back, InMemory, as_source
+from .sources import InMemory, as_source
 from .text import Windows
 from .walk import Stage, drifting, fast_products, processes, summed, walk, walk_both
 
@@ -56,10 +56,7 @@ class Visit:
     @property
     def weight(self): return self.module(self.second)      # (d, f)
     @cached_property
-    def gram(self):                                        # second moments of the inputs, (f, f)
-        C = self.over_all(self.stage.gram())
-        _give_back()                                       # what the sums needed, before the solve needs more
-        return C
+    def gram(self): return self.over_all(self.stage.gram())    # second moments of the inputs, (f, f)
 
     def over_all(self,
         sums, # sums over the tokens of `X`
@@ -112,8 +109,7 @@ def cut(self:Visit,
     if self.coupling is None or len(kept) == self.coupling.n_units:
         return give_weight(self.model, self.second, weight)
     keep = self.columns(kept)
-    self.__dict__.pop('gram', None)                        # neither it nor what the solve needed is read again
-    _give_back()
+    self.__dict__.pop('gram', None)                        # its memory is needed for the smaller tensors
     slice_coupling(self.model, self.coupling, check_kept(self.coupling, kept))
     self.weight.copy_(weight)
     if self.stage is not None: self.stage.keep = keep
