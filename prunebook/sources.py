@@ -170,6 +170,13 @@ def _give_back():
     "Give freed memory back to the system, where the allocator can do so (glibc)."
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
 
+# %% ../nbs/05a_sources.ipynb #ap0002
+_MMAP_THRESHOLD = -3 # its number in malloc.h
+
+def _return_large():
+    "Let every large piece of memory go back to the system when it is freed (glibc)."
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'): libc.mallopt(_MMAP_THRESHOLD, 4*2**20)
+
 # %% ../nbs/05a_sources.ipynb #166e1c93
 def _raw(x):
     "The bytes of a tensor, without a copy if it is contiguous and on the CPU."
@@ -279,6 +286,7 @@ class OnDisk:
         dtype=None, # a torch dtype; that of the configuration by default
         device=None, # where blocks are open; the CPU by default
     ):
+        _return_large()
         self.folder, self.out, self.device = Path(folder), out and Path(out), torch.device(device or 'cpu')
         self.files, self.model = tensor_files(folder), skeleton(folder, dtype)
         self.prefix = blocks(self.model)[0] + '.'

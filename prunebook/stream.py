@@ -112,6 +112,7 @@ def cut(self:Visit,
     if self.coupling is None or len(kept) == self.coupling.n_units:
         return give_weight(self.model, self.second, weight)
     keep = self.columns(kept)
+    self.__dict__.pop('gram', None)                        # its memory is needed for the smaller tensors
     slice_coupling(self.model, self.coupling, check_kept(self.coupling, kept))
     self.weight.copy_(weight)
     if self.stage is not None: self.stage.keep = keep

@@ -331,12 +331,14 @@ def gram(
     blocks=4, # column blocks; only those on and above the diagonal are computed
 ):
     "Second moments of the inputs, (columns, columns), summed over all tokens, float32 (eq. gram)."
-    f = X[0].shape[-1]
-    edges = [f*i//blocks for i in range(blocks + 1)]
-    parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    C = torch.zeros(f, f, dtype=torch.float32, device=X[0].device)
-    for x in X:
+    C = None
+    for x in X:                                            # each is read from the disk once where they lie there
         x = x.flatten(0, -2)                               # (tokens, f)
+        if C is None:
+            f = x.shape[-1]
+            edges = [f*i//blocks for i in range(blocks + 1)]
+            parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
+            C = torch.zeros(f, f, dtype=torch.float32, device=x.device)
         size = f if x.dtype == torch.float32 else 1024     # columns that are converted at a time
         for p in parts:
             left, rest = x[:, p].T.float(), slice(p.start, f)
