@@ -1,5 +1,6 @@
 """Recovery: what a little training gives back, on tiny models."""
 import copy
+import json
 import sys
 
 import pytest
@@ -8,11 +9,15 @@ from helpers import tiny_model
 from killing import forked
 from safetensors.torch import load_file
 
+from prunebook.cli import main
 from prunebook.models import TINY
 from prunebook.pruning import prune
-from prunebook.recover import Recovery, check_recovery, distillation, recover
+from prunebook.couplings import anatomy
+from prunebook.estimate import counted_bytes
+from prunebook.evaluate import weight_bytes
+from prunebook.recover import Recovery, check_recovery, distillation, recover, recover_blocks, recover_estimate
 from prunebook.save import load_pruned, save_pruned
-from prunebook.sources import twin
+from prunebook.sources import OnDisk, twin
 from prunebook.text import Windows
 
 pytestmark = [pytest.mark.usefixtures('one_thread', 'own_modules'), pytest.mark.filterwarnings('ignore:All inputs of')]
@@ -200,7 +205,7 @@ def test_killed_three_times_and_resumed_ends_with_the_same_bytes(pair, trains, t
     text, watch, file = windows(2, 6), windows(3, 4), tmp_path/'state.safetensors'
     def run(name, state, killed_at=None):
         torch.manual_seed(killed_at or 0)                  # what the process drew before must not matter
-        from prunebook import recover as module
+        import prunebook.recover as module
         step = module._Run.step
         def counted(self):
             if self.done.steps == killed_at: raise SystemExit
@@ -242,3 +247,141 @@ def test_a_state_of_another_run_is_refused(pair, tmp_path):
     with pytest.raises(ValueError, match='steps.*delete'): recover(small, dense, windows(2), 3, Recovery(**QUICK), state=file)
     file.write_bytes(b'nothing')
     with pytest.raises(ValueError, match='not the state of a recovery'): recover(small, dense, windows(2), 2, Recovery(**QUICK), state=file)
+
+
+# ---- what it holds -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('how', [dict(), dict(trains='all'), dict(checkpointing=True), dict(logits=0, labels=1)])
+def test_the_estimate_is_near_what_is_held(how):
+    "Counted on the tensors of a run; the student's copy is the run's own."
+    dense = tiny_model('llama', vocab_size=397, hidden_size=96, intermediate_size=192)
+    small, _ = prune(dense, windows(1), 'fasp', .2)
+    text = Windows(torch.randint(3, 397, (4, 48), generator=torch.Generator().manual_seed(0)), 'random')
+    settings = Recovery(batch_size=2, at_once=2, **how)
+    held = counted_bytes(lambda: recover(small, dense, text, 2, settings, inplace=True)) + weight_bytes(small)
+    if settings.needs_teacher: held += weight_bytes(dense)
+    assert .6 < recover_estimate(small, dense, settings, 48)['bytes']/held < 1.7
+
+
+def test_seven_billion_fit_on_one_card():
+    "Student, dense teacher and LoRA under 40 GB; the teacher alone is most of what can be sent away."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048)
+    with torch.device('meta'):
+        dense, small = (LlamaForCausalLM(LlamaConfig(intermediate_size=f, **config)).to(torch.bfloat16) for f in (11008, 7680))
+    how = Recovery(checkpointing=True)
+    whole, away = (recover_estimate(small, dense, how, 512, offload)['bytes'] for offload in (False, True))
+    assert 24e9 < whole < 40e9 and 11e9 < away < 20e9
+
+
+# ---- block by block ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('trains', ['lora', 'all'])
+@pytest.mark.parametrize('family', ['llama', 'opt', 'gpt2', 'phi'])
+def test_blocks_in_turn(family, trains, tmp_path):
+    "States come nearer to those of the dense model, from memory and from disk alike; nothing else changes."
+    dense = tiny_model(family)
+    small, plan = prune(dense, windows(1), 'recipe', .3)
+    old, before, text = tensors(dense), tensors(small), windows(2)
+    how = Recovery(trains=trains, batch_size=4, learning_rate=2e-4)
+    better, done = recover_blocks(small, dense, text, 10, how)
+    distance = lambda m: sum(((a - b)**2).mean() for a, b in zip(m(text.ids, output_hidden_states=True).hidden_states, dense(text.ids, output_hidden_states=True).hidden_states))
+    with torch.no_grad(): assert distance(better) < distance(small)
+    assert same(dense, old) and same(small, before) and len(done.losses) == 10*len(anatomy(dense))
+    dense.save_pretrained(tmp_path/'dense')
+    again, _ = recover_blocks(small, OnDisk(tmp_path/'dense'), text, 10, how)
+    assert same(again, tensors(better))
+
+
+def test_one_block_is_held(tmp_path):
+    "Four times the blocks, from disk: what the run makes at the same time stays what it was."
+    def held(n):
+        dense = tiny_model('llama', num_hidden_layers=n, hidden_size=96, intermediate_size=384)
+        dense.save_pretrained(tmp_path/str(n))
+        small, source = copy.deepcopy(dense), OnDisk(tmp_path/str(n))
+        how = Recovery(trains='all', batch_size=2)
+        return counted_bytes(lambda: recover_blocks(small, source, windows(2), 2, how, inplace=True), small)
+    block = 4*(4*96*96 + 3*96*384)
+    assert held(8) - held(2) < 6.5*block              # six blocks more of the student's own weights
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+CUT = ['--seqlen', '24', '--device', 'cpu', '--dtype', 'float32']
+
+
+@pytest.fixture(scope='module')
+def commands(tmp_path_factory, tiny_tokenizer):
+    "Folders of a dense model and of what `prune` made of it, by family."
+    root = tmp_path_factory.mktemp('recover')
+    def folders(family):
+        dense, small = root/family, root/f'{family}-small'
+        if not dense.exists():
+            tiny_model(family).save_pretrained(dense)
+            tiny_tokenizer.save_pretrained(dense)
+            assert main(['prune', str(dense), '--text', 'random', '--n', '4', '--sparsity', '0.3', '--out', str(small), *CUT]) == 0
+        return dense, small
+    return folders
+
+
+def command(folders, out, *more):
+    dense, small = folders
+    words = ['recover', small, '--teacher', dense, '--out', out, '--text', 'random', '--watch', 'passages', '--steps', '4', *CUT, *more]
+    return main([str(w) for w in words])
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen3', 'opt', 'gpt2'])
+def test_prune_recover_export(family, commands, tmp_path, capsys):
+    "Each command takes what the one before has made; the plan stays, and what was done lies beside it."
+    dense, small = commands(family)
+    capsys.readouterr()
+    assert command((dense, small), tmp_path/'better', '--json', '--settings', '{"batch_size": 2, "labels": 1}') == 0, capsys.readouterr().err
+    said = json.loads(capsys.readouterr().out)
+    assert said['recovery']['steps'] == 4 and said['recovery']['tokens'] == 4*2*24 and said['recovery']['settings']['labels'] == 1
+    done = json.loads((tmp_path/'better'/'recovery.json').read_text())
+    assert done['teacher'] == family and done['student'] == f'{family}-small' and done['watched']['0']
+    assert (tmp_path/'better'/'plan.json').read_bytes() == (small/'plan.json').read_bytes()
+    model, _, plan = load_pruned(tmp_path/'better', device='cpu')
+    assert not same(model, tensors(load_pruned(small, device='cpu')[0])) and plan.true_sparsity > .2
+    assert main(['verify', str(tmp_path/'better')]) == 0
+    if family in ('llama', 'qwen3'):
+        codes = [main(['export', str(f), '--out', str(tmp_path/f'{f.name}.gguf'), '--pre', 'default']) for f in (small, tmp_path/'better')]
+        assert codes[0] == codes[1], capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+
+
+def test_mistakes_of_the_command(commands, tmp_path, capsys):
+    dense, small = commands('llama')
+    def refused(words, *args):
+        assert main([str(a) for a in args]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path/'x').exists()
+    refused('--teacher', 'recover', small, '--out', tmp_path/'x')
+    refused('no plan.json', 'recover', dense, '--teacher', dense, '--out', tmp_path/'x')
+    refused('no setting ranks', 'recover', small, '--teacher', dense, '--out', tmp_path/'x', '--settings', '{"ranks": 2}')
+    refused('add --report', 'recover', small, '--teacher', dense, '--out', tmp_path/'x', '--tasks', 'hellaswag')
+
+
+def test_an_interrupted_command_goes_on(commands, tmp_path, capsys, monkeypatch):
+    "The same bytes as without the interruption; without --resume it is refused."
+    import prunebook.recover as module
+    folders, step = commands('llama'), module._Run.step
+    assert command(folders, tmp_path/'whole') == 0
+    def interrupted(self):
+        if self.done.steps == 2: raise KeyboardInterrupt
+        return step(self)
+    monkeypatch.setattr(module._Run, 'step', interrupted)
+    assert command(folders, tmp_path/'small') == 130 and '--resume' in capsys.readouterr().err
+    monkeypatch.setattr(module._Run, 'step', step)
+    assert command(folders, tmp_path/'small') == 2 and 'add --resume' in capsys.readouterr().err
+    assert command(folders, tmp_path/'small', '--resume') == 0
+    whole, resumed = ((tmp_path/n/'model.safetensors').read_bytes() for n in ('whole', 'small'))
+    assert whole == resumed and not [*tmp_path.glob('.*')]
+
+
+def test_a_report_of_the_recovered_model(commands, tmp_path, monkeypatch, capsys):
+    "Dense beside recovered, with what the recovery did."
+    monkeypatch.delenv('PRUNEBOOK_DATA', raising=False)
+    assert command(commands('llama'), tmp_path/'small', '--report', '--eval_n', '2') == 0, capsys.readouterr().err
+    report = json.loads((tmp_path/'small'/'report.json').read_text())
+    assert report['perplexity']['after']['value'] > 1 and report['recovery']['steps'] == 4 and report['method'] == 'recipe'
+    assert 'Recovery: 4 steps' in (tmp_path/'small'/'report.md').read_text()
