@@ -6,7 +6,7 @@
 __all__ = ['distillation', 'label_loss', 'hidden_loss', 'Recovery', 'Recovered', 'check_recovery', 'recover', 'recover_estimate',
            'recover_blocks']
 
-# %% ../nbs/75_recover.ipynb #1ae4c59a
+# %% ../nbs/75_recover.ipynb #5b565c8a
 import copy, json, math, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -33,7 +33,7 @@ from .sources import as_source
 from .text import Windows
 from .walk import _recorded, _tensor, processes, summed, through
 
-# %% ../nbs/75_recover.ipynb #1e6f68a9
+# %% ../nbs/75_recover.ipynb #508e0331
 def distillation(
     student, # logits of the student, (..., vocabulary)
     teacher, # logits of the teacher for the same tokens, (..., vocabulary)
@@ -43,7 +43,7 @@ def distillation(
     s, t = (F.log_softmax(x.float()/temperature, -1).flatten(0, -2) for x in (student, teacher))
     return temperature**2*F.kl_div(s, t, reduction='batchmean', log_target=True)
 
-# %% ../nbs/75_recover.ipynb #20d17126
+# %% ../nbs/75_recover.ipynb #e7114ee2
 def label_loss(
     logits, # logits of a batch, (batch, seqlen, vocabulary)
     ids, # its token ids, (batch, seqlen)
@@ -58,7 +58,7 @@ def hidden_loss(
     "Sum over the blocks of the mean squared error of the states."
     return sum(F.mse_loss(s.float(), t.float()) for s, t in zip(student[1:], teacher[1:]))
 
-# %% ../nbs/75_recover.ipynb #78a4f230
+# %% ../nbs/75_recover.ipynb #ce292783
 @dataclass(frozen=True)
 class Recovery:
     "Settings of a recovery: the loss, what is trained, and how."
@@ -88,7 +88,7 @@ class Recovery:
     @property
     def needs_teacher(self): return self.logits + self.hidden > 0
 
-# %% ../nbs/75_recover.ipynb #86dda03b
+# %% ../nbs/75_recover.ipynb #821a45b3
 def _lora_library():
     "The package `peft`. Raises `ImportError` with the name of the extra."
     try: import peft
@@ -127,7 +127,7 @@ class _LoRA:
         self.module.__dict__.pop('peft_config', None)
         for n, p in self.module.named_parameters(): p.requires_grad_(self.wanted[n])
 
-# %% ../nbs/75_recover.ipynb #6ca4bc71
+# %% ../nbs/75_recover.ipynb #f9056ab5
 class _Everything:
     "Parameters of a module, trained as they are, in float32."
     def __init__(self, module, names, how):
@@ -150,7 +150,17 @@ class _Everything:
 
 def _trainable(module, names, how): return (_LoRA if how.trains == 'lora' else _Everything)(module, names, how)
 
-# %% ../nbs/75_recover.ipynb #c698a285
+# %% ../nbs/75_recover.ipynb #76596e43
+def _batch(windows, how, step):
+    "Ids of one step, (batch_size, seqlen): the windows in a new order each time all were read."
+    n, first = len(windows), step*how.batch_size
+    rows = []
+    for i in range(first, first + how.batch_size):
+        gen = torch.Generator().manual_seed(how.seed*1_000_003 + i//n)
+        rows.append(torch.randperm(n, generator=gen)[i % n])
+    return windows.ids[torch.stack(rows)]
+
+# %% ../nbs/75_recover.ipynb #a72afe42
 class _Optimizer:
     "AdamW with its schedule, over tensors with names."
     def __init__(self, tensors, how, steps):
@@ -180,17 +190,66 @@ class _Optimizer:
         for group, rate in zip(self.adam.param_groups, self.rate.lr_lambdas):
             group['lr'] = self.how.learning_rate*rate(done)
 
-# %% ../nbs/75_recover.ipynb #8299d698
-def _batch(windows, how, step):
-    "Ids of one step, (batch_size, seqlen): the windows in a new order each time all were read."
-    n, first = len(windows), step*how.batch_size
-    rows = []
-    for i in range(first, first + how.batch_size):
-        gen = torch.Generator().manual_seed(how.seed*1_000_003 + i//n)
-        rows.append(torch.randperm(n, generator=gen)[i % n])
-    return windows.ids[torch.stack(rows)]
+# %% ../nbs/75_recover.ipynb #a98289f5
+def _precision(model):
+    "Context manager in which a model of 16 bit numbers is trained: products in bfloat16, what is trained in float32."
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return lambda: torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
 
-# %% ../nbs/75_recover.ipynb #801842db
+def _loss(student, teacher, ids, how):
+    "The loss of some windows, their mean over the tokens."
+    settings = dict(use_cache=False, output_hidden_states=how.hidden > 0)
+    out, loss = student(ids.to(student.device), **settings), 0.
+    if how.labels: loss = loss + how.labels*label_loss(out.logits, ids.to(out.logits.device))
+    if not how.needs_teacher: return loss
+    with torch.no_grad(): goal = teacher(ids.to(teacher.device), **settings)
+    there = out.logits.device
+    if how.logits: loss = loss + how.logits*distillation(out.logits, goal.logits.to(there), how.temperature)
+    if how.hidden: loss = loss + how.hidden*hidden_loss(out.hidden_states, [h.to(there) for h in goal.hidden_states])
+    return loss
+
+# %% ../nbs/75_recover.ipynb #b29f6712
+def _gradients(student, teacher, ids, how, tensors, precision):
+    "Leave the gradients of one step in the tensors, summed over all processes; the loss."
+    rank, count = processes()
+    total = torch.zeros(())
+    for part in ids[rank::count].split(how.at_once):
+        with precision(): loss = _loss(student, teacher, part, how)*(len(part)/len(ids))
+        loss.backward()
+        total += loss.detach().float().cpu()
+    for p in tensors.values(): p.grad = summed(p.grad)
+    return summed(total).item()
+
+# %% ../nbs/75_recover.ipynb #d903647e
+def _lora_dropout(student, on):
+    "Turn the dropout of LoRA on or off. The model's own stays off: it shall compute what it will compute in use."
+    for n, m in student.named_modules():
+        if 'lora_dropout' in n: m.train(on)
+
+@contextmanager
+def _recomputing(student):
+    "Context manager in which blocks keep their inputs alone, and compute again on the way back."
+    blocks = [m for m in student.modules() if isinstance(m, GradientCheckpointingLayer)]
+    own = [{k: v for k, v in vars(m).items() if 'drop' in k and isinstance(v, float)} for m in blocks]
+    switch = lambda name: getattr(student, f'activation_{name}', None) or getattr(student, f'gradient_{name}')
+    switch('checkpointing_enable')(dict(use_reentrant=False))
+    for m, found in zip(blocks, own): m.__dict__.update(dict.fromkeys(found, 0.), training=True)
+    try: yield
+    finally:
+        switch('checkpointing_disable')()
+        for m, found in zip(blocks, own): m.__dict__.update(found, training=False)
+
+def _own_draws(model):
+    "Context manager that leaves the random numbers of the process as they were."
+    return torch.random.fork_rng([model.device] if model.device.type == 'cuda' else [])
+
+def _values(tensors): return {n: t.detach().cpu().clone() for n, t in tensors.items()}
+
+@torch.no_grad()
+def _put(tensors, values):
+    for n, t in tensors.items(): t.copy_(values[n])
+
+# %% ../nbs/75_recover.ipynb #581b494c
 @dataclass
 class Recovered:
     "What a recovery did."
@@ -226,7 +285,7 @@ class Recovered:
         said += f'; watched perplexity {first:.2f}, {best:.2f} at the best step, {self.best}'
         return said + (f'; training harmed after step {self.harm}' if self.harm is not None else '')
 
-# %% ../nbs/75_recover.ipynb #70ce7e8a
+# %% ../nbs/75_recover.ipynb #7d84fcac
 class _State:
     "A file from which an interrupted run goes on."
     def __init__(self, file, key): self.file, self.key = file and Path(file), key
@@ -255,7 +314,7 @@ class _State:
         of = lambda kind: {n.removeprefix(kind + '/'): t for n, t in tensors.items() if n.startswith(kind + '/')}
         return Recovered(**done), of('now'), of('best'), of('adam')
 
-# %% ../nbs/75_recover.ipynb #333087f3
+# %% ../nbs/75_recover.ipynb #f3cbb8b9
 def check_recovery(
     student, # the pruned model
     teacher, # the dense model, or None
@@ -284,66 +343,7 @@ def check_recovery(
         raise ValueError(f'States of {shapes[0][0]} blocks of size {shapes[0][1]} cannot be compared with those of '
                          f'{shapes[1][0]} blocks of size {shapes[1][1]}; set hidden=0.')
 
-# %% ../nbs/75_recover.ipynb #257c4b23
-def _precision(model):
-    "Context manager in which a model of 16 bit numbers is trained: products in bfloat16, what is trained in float32."
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    return lambda: torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
-
-def _loss(student, teacher, ids, how):
-    "The loss of some windows, their mean over the tokens."
-    settings = dict(use_cache=False, output_hidden_states=how.hidden > 0)
-    out, loss = student(ids.to(student.device), **settings), 0.
-    if how.labels: loss = loss + how.labels*label_loss(out.logits, ids.to(out.logits.device))
-    if not how.needs_teacher: return loss
-    with torch.no_grad(): goal = teacher(ids.to(teacher.device), **settings)
-    there = out.logits.device
-    if how.logits: loss = loss + how.logits*distillation(out.logits, goal.logits.to(there), how.temperature)
-    if how.hidden: loss = loss + how.hidden*hidden_loss(out.hidden_states, [h.to(there) for h in goal.hidden_states])
-    return loss
-
-# %% ../nbs/75_recover.ipynb #118d60ba
-def _gradients(student, teacher, ids, how, tensors, precision):
-    "Leave the gradients of one step in the tensors, summed over all processes; the loss."
-    rank, count = processes()
-    total = torch.zeros(())
-    for part in ids[rank::count].split(how.at_once):
-        with precision(): loss = _loss(student, teacher, part, how)*(len(part)/len(ids))
-        loss.backward()
-        total += loss.detach().float().cpu()
-    for p in tensors.values(): p.grad = summed(p.grad)
-    return summed(total).item()
-
-# %% ../nbs/75_recover.ipynb #82da56e9
-def _lora_dropout(student, on):
-    "Turn the dropout of LoRA on or off. The model's own stays off: it shall compute what it will compute in use."
-    for n, m in student.named_modules():
-        if 'lora_dropout' in n: m.train(on)
-
-@contextmanager
-def _recomputing(student):
-    "Context manager in which blocks keep their inputs alone, and compute again on the way back."
-    blocks = [m for m in student.modules() if isinstance(m, GradientCheckpointingLayer)]
-    own = [{k: v for k, v in vars(m).items() if 'drop' in k and isinstance(v, float)} for m in blocks]
-    switch = lambda name: getattr(student, f'activation_{name}', None) or getattr(student, f'gradient_{name}')
-    switch('checkpointing_enable')(dict(use_reentrant=False))
-    for m, found in zip(blocks, own): m.__dict__.update(dict.fromkeys(found, 0.), training=True)
-    try: yield
-    finally:
-        switch('checkpointing_disable')()
-        for m, found in zip(blocks, own): m.__dict__.update(found, training=False)
-
-def _own_draws(model):
-    "Context manager that leaves the random numbers of the process as they were."
-    return torch.random.fork_rng([model.device] if model.device.type == 'cuda' else [])
-
-def _values(tensors): return {n: t.detach().cpu().clone() for n, t in tensors.items()}
-
-@torch.no_grad()
-def _put(tensors, values):
-    for n, t in tensors.items(): t.copy_(values[n])
-
-# %% ../nbs/75_recover.ipynb #0412a6c2
+# %% ../nbs/75_recover.ipynb #ac05a3cb
 class _Run:
     "One recovery that is under way."
     def __init__(self, student, teacher, windows, steps, how, watch, every, state, train):
@@ -407,7 +407,7 @@ class _Run:
         if self.best: _put(self.train.tensors, self.best)
         else: self.done.best = self.done.steps
 
-# %% ../nbs/75_recover.ipynb #222729bf
+# %% ../nbs/75_recover.ipynb #a84c0570
 def recover(
     student, # the pruned model, a causal language model
     teacher, # the dense model; None if the loss needs none
@@ -445,7 +445,7 @@ def _key(student, teacher, windows, steps, how, watch, every):
     texts = dict(windows=windows.fingerprint, watch=watch and watch.fingerprint)
     return dict(**models, **texts, dtype=str(student.dtype), steps=steps, every=every, settings=asdict(how))
 
-# %% ../nbs/75_recover.ipynb #b155d25d
+# %% ../nbs/75_recover.ipynb #c939dc1a
 def _trained(
     student, # the pruned model; may be on the meta device
     how, # a `Recovery`
@@ -480,7 +480,7 @@ def recover_estimate(
         flops += (est.forward_blocks(t, tokens, seqlen) + est.head(t, tokens)).flops
     return dict(bytes=sum(held.values()), flops=flops, parts=held)
 
-# %% ../nbs/75_recover.ipynb #cd30c72b
+# %% ../nbs/75_recover.ipynb #6c4194af
 def _distance(state, goal):
     "Mean squared error of states, as a share of the mean square of the goal."
     return F.mse_loss(state.float(), goal.float())/goal.float().square().mean().clamp(min=1e-12)
@@ -491,7 +491,7 @@ def _visit_block(layer, state, call):
     x, (args, kw) = tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, (state, call))
     return _tensor(layer(x, *args, **kw))
 
-# %% ../nbs/75_recover.ipynb #c739f9e9
+# %% ../nbs/75_recover.ipynb #0b17c4af
 def _train_block(layer, names, states, calls, goals, steps, how):
     "Train an open block to turn its inputs into the goals; the loss of every step."
     device = next(layer.parameters()).device.type
@@ -520,7 +520,7 @@ def _train_block(layer, names, states, calls, goals, steps, how):
     train.merge()
     return losses
 
-# %% ../nbs/75_recover.ipynb #6916590e
+# %% ../nbs/75_recover.ipynb #090dec33
 def recover_blocks(
     student, # the pruned model
     teacher, # the dense model, or a source of its blocks, such as `OnDisk(folder)`

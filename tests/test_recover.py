@@ -335,11 +335,11 @@ def test_prune_recover_export(family, commands, tmp_path, capsys):
     "Each command takes what the one before has made; the plan stays, and what was done lies beside it."
     dense, small = commands(family)
     capsys.readouterr()
-    assert command((dense, small), tmp_path/'better', '--json', '--settings', '{"batch_size": 2, "labels": 1}') == 0, capsys.readouterr().err
+    assert command((dense, small), tmp_path/'better', '--json', '--watch', 'none', '--settings', '{"batch_size": 2, "labels": 1}') == 0, capsys.readouterr().err
     said = json.loads(capsys.readouterr().out)
     assert said['recovery']['steps'] == 4 and said['recovery']['tokens'] == 4*2*24 and said['recovery']['settings']['labels'] == 1
     done = json.loads((tmp_path/'better'/'recovery.json').read_text())
-    assert done['teacher'] == family and done['student'] == f'{family}-small' and done['watched']['0']
+    assert done['teacher'] == family and done['student'] == f'{family}-small' and done['watched'] == {}
     assert (tmp_path/'better'/'plan.json').read_bytes() == (small/'plan.json').read_bytes()
     model, _, plan = load_pruned(tmp_path/'better', device='cpu')
     assert not same(model, tensors(load_pruned(small, device='cpu')[0])) and plan.true_sparsity > .2
