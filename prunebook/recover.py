@@ -6,7 +6,7 @@
 __all__ = ['distillation', 'label_loss', 'hidden_loss', 'Recovery', 'Recovered', 'check_recovery', 'recover', 'recover_estimate',
            'recover_blocks']
 
-# %% ../nbs/75_recover.ipynb #5b565c8a
+# %% ../nbs/75_recover.ipynb #8dfbcca7
 import copy, json, math, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -33,7 +33,7 @@ from .sources import as_source
 from .text import Windows
 from .walk import _recorded, _tensor, processes, summed, through
 
-# %% ../nbs/75_recover.ipynb #508e0331
+# %% ../nbs/75_recover.ipynb #8c724f4d
 def distillation(
     student, # logits of the student, (..., vocabulary)
     teacher, # logits of the teacher for the same tokens, (..., vocabulary)
@@ -43,7 +43,7 @@ def distillation(
     s, t = (F.log_softmax(x.float()/temperature, -1).flatten(0, -2) for x in (student, teacher))
     return temperature**2*F.kl_div(s, t, reduction='batchmean', log_target=True)
 
-# %% ../nbs/75_recover.ipynb #e7114ee2
+# %% ../nbs/75_recover.ipynb #4554d5c0
 def label_loss(
     logits, # logits of a batch, (batch, seqlen, vocabulary)
     ids, # its token ids, (batch, seqlen)
@@ -58,7 +58,7 @@ def hidden_loss(
     "Sum over the blocks of the mean squared error of the states."
     return sum(F.mse_loss(s.float(), t.float()) for s, t in zip(student[1:], teacher[1:]))
 
-# %% ../nbs/75_recover.ipynb #ce292783
+# %% ../nbs/75_recover.ipynb #c894c0a6
 @dataclass(frozen=True)
 class Recovery:
     "Settings of a recovery: the loss, what is trained, and how."
@@ -88,7 +88,7 @@ class Recovery:
     @property
     def needs_teacher(self): return self.logits + self.hidden > 0
 
-# %% ../nbs/75_recover.ipynb #821a45b3
+# %% ../nbs/75_recover.ipynb #ebc0d1f4
 def _lora_library():
     "The package `peft`. Raises `ImportError` with the name of the extra."
     try: import peft
@@ -117,7 +117,7 @@ class _LoRA:
     def merge(self):
         "Add the updates to the weights, in storage of their own."
         for m in self.net.modules():
-            if hasattr(m, 'lora_A'): m.get_base_layer().weight.data = m.get_base_layer().weight.data.clone()
+            for p in m.get_base_layer().parameters() if hasattr(m, 'lora_A') else (): p.data = p.data.clone()
         self.end(self.net.merge_and_unload)
 
     def drop(self): self.end(self.net.unload)
@@ -127,7 +127,7 @@ class _LoRA:
         self.module.__dict__.pop('peft_config', None)
         for n, p in self.module.named_parameters(): p.requires_grad_(self.wanted[n])
 
-# %% ../nbs/75_recover.ipynb #f9056ab5
+# %% ../nbs/75_recover.ipynb #bd9bc4fe
 class _Everything:
     "Parameters of a module, trained as they are, in float32."
     def __init__(self, module, names, how):
@@ -150,7 +150,7 @@ class _Everything:
 
 def _trainable(module, names, how): return (_LoRA if how.trains == 'lora' else _Everything)(module, names, how)
 
-# %% ../nbs/75_recover.ipynb #76596e43
+# %% ../nbs/75_recover.ipynb #2e6ea7da
 def _batch(windows, how, step):
     "Ids of one step, (batch_size, seqlen): the windows in a new order each time all were read."
     n, first = len(windows), step*how.batch_size
@@ -160,7 +160,7 @@ def _batch(windows, how, step):
         rows.append(torch.randperm(n, generator=gen)[i % n])
     return windows.ids[torch.stack(rows)]
 
-# %% ../nbs/75_recover.ipynb #a72afe42
+# %% ../nbs/75_recover.ipynb #f8d60b3f
 class _Optimizer:
     "AdamW with its schedule, over tensors with names."
     def __init__(self, tensors, how, steps):
@@ -190,7 +190,7 @@ class _Optimizer:
         for group, rate in zip(self.adam.param_groups, self.rate.lr_lambdas):
             group['lr'] = self.how.learning_rate*rate(done)
 
-# %% ../nbs/75_recover.ipynb #a98289f5
+# %% ../nbs/75_recover.ipynb #e6b74b1a
 def _precision(model):
     "Context manager in which a model of 16 bit numbers is trained: products in bfloat16, what is trained in float32."
     half = model.dtype in (torch.bfloat16, torch.float16)
@@ -208,7 +208,7 @@ def _loss(student, teacher, ids, how):
     if how.hidden: loss = loss + how.hidden*hidden_loss(out.hidden_states, [h.to(there) for h in goal.hidden_states])
     return loss
 
-# %% ../nbs/75_recover.ipynb #b29f6712
+# %% ../nbs/75_recover.ipynb #d2d9312c
 def _gradients(student, teacher, ids, how, tensors, precision):
     "Leave the gradients of one step in the tensors, summed over all processes; the loss."
     rank, count = processes()
@@ -217,10 +217,10 @@ def _gradients(student, teacher, ids, how, tensors, precision):
         with precision(): loss = _loss(student, teacher, part, how)*(len(part)/len(ids))
         loss.backward()
         total += loss.detach().float().cpu()
-    for p in tensors.values(): p.grad = summed(p.grad)
+    for p in tensors.values(): p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)    # an expert may have read nothing
     return summed(total).item()
 
-# %% ../nbs/75_recover.ipynb #d903647e
+# %% ../nbs/75_recover.ipynb #c33dadbe
 def _lora_dropout(student, on):
     "Turn the dropout of LoRA on or off. The model's own stays off: it shall compute what it will compute in use."
     for n, m in student.named_modules():
@@ -249,7 +249,7 @@ def _values(tensors): return {n: t.detach().cpu().clone() for n, t in tensors.it
 def _put(tensors, values):
     for n, t in tensors.items(): t.copy_(values[n])
 
-# %% ../nbs/75_recover.ipynb #581b494c
+# %% ../nbs/75_recover.ipynb #96cbf3e2
 @dataclass
 class Recovered:
     "What a recovery did."
@@ -285,7 +285,7 @@ class Recovered:
         said += f'; watched perplexity {first:.2f}, {best:.2f} at the best step, {self.best}'
         return said + (f'; training harmed after step {self.harm}' if self.harm is not None else '')
 
-# %% ../nbs/75_recover.ipynb #7d84fcac
+# %% ../nbs/75_recover.ipynb #331b6016
 class _State:
     "A file from which an interrupted run goes on."
     def __init__(self, file, key): self.file, self.key = file and Path(file), key
@@ -314,7 +314,7 @@ class _State:
         of = lambda kind: {n.removeprefix(kind + '/'): t for n, t in tensors.items() if n.startswith(kind + '/')}
         return Recovered(**done), of('now'), of('best'), of('adam')
 
-# %% ../nbs/75_recover.ipynb #f3cbb8b9
+# %% ../nbs/75_recover.ipynb #00899dc1
 def check_recovery(
     student, # the pruned model
     teacher, # the dense model, or None
@@ -334,6 +334,7 @@ def check_recovery(
     if not how.needs_teacher: return
     if teacher is None: raise ValueError('Distillation needs a teacher: give the dense model, or train on labels alone (logits=0, labels=1).')
     if student is teacher: raise ValueError('Student and teacher are one model; load the dense model a second time.')
+    if teacher.training: raise ValueError('The teacher is in training mode; call teacher.eval() first.')
     sizes = [text_config(m).vocab_size for m in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(f'The student has a vocabulary of {sizes[0]} tokens and the teacher one of {sizes[1]}; '
@@ -343,7 +344,7 @@ def check_recovery(
         raise ValueError(f'States of {shapes[0][0]} blocks of size {shapes[0][1]} cannot be compared with those of '
                          f'{shapes[1][0]} blocks of size {shapes[1][1]}; set hidden=0.')
 
-# %% ../nbs/75_recover.ipynb #ac05a3cb
+# %% ../nbs/75_recover.ipynb #9f9c9bb4
 class _Run:
     "One recovery that is under way."
     def __init__(self, student, teacher, windows, steps, how, watch, every, state, train):
@@ -407,7 +408,7 @@ class _Run:
         if self.best: _put(self.train.tensors, self.best)
         else: self.done.best = self.done.steps
 
-# %% ../nbs/75_recover.ipynb #a84c0570
+# %% ../nbs/75_recover.ipynb #d3c71a78
 def recover(
     student, # the pruned model, a causal language model
     teacher, # the dense model; None if the loss needs none
@@ -445,7 +446,7 @@ def _key(student, teacher, windows, steps, how, watch, every):
     texts = dict(windows=windows.fingerprint, watch=watch and watch.fingerprint)
     return dict(**models, **texts, dtype=str(student.dtype), steps=steps, every=every, settings=asdict(how))
 
-# %% ../nbs/75_recover.ipynb #c939dc1a
+# %% ../nbs/75_recover.ipynb #87e7e481
 def _trained(
     student, # the pruned model; may be on the meta device
     how, # a `Recovery`
@@ -480,7 +481,7 @@ def recover_estimate(
         flops += (est.forward_blocks(t, tokens, seqlen) + est.head(t, tokens)).flops
     return dict(bytes=sum(held.values()), flops=flops, parts=held)
 
-# %% ../nbs/75_recover.ipynb #6c4194af
+# %% ../nbs/75_recover.ipynb #53d2442f
 def _distance(state, goal):
     "Mean squared error of states, as a share of the mean square of the goal."
     return F.mse_loss(state.float(), goal.float())/goal.float().square().mean().clamp(min=1e-12)
@@ -491,7 +492,7 @@ def _visit_block(layer, state, call):
     x, (args, kw) = tree_map(lambda t: t.to(there) if isinstance(t, torch.Tensor) else t, (state, call))
     return _tensor(layer(x, *args, **kw))
 
-# %% ../nbs/75_recover.ipynb #0b17c4af
+# %% ../nbs/75_recover.ipynb #c1a6aeda
 def _train_block(layer, names, states, calls, goals, steps, how):
     "Train an open block to turn its inputs into the goals; the loss of every step."
     device = next(layer.parameters()).device.type
@@ -520,7 +521,7 @@ def _train_block(layer, names, states, calls, goals, steps, how):
     train.merge()
     return losses
 
-# %% ../nbs/75_recover.ipynb #090dec33
+# %% ../nbs/75_recover.ipynb #150b488e
 def recover_blocks(
     student, # the pruned model
     teacher, # the dense model, or a source of its blocks, such as `OnDisk(folder)`

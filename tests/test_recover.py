@@ -1,7 +1,10 @@
 """Recovery: what a little training gives back, on tiny models."""
 import copy
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -385,3 +388,47 @@ def test_a_report_of_the_recovered_model(commands, tmp_path, monkeypatch, capsys
     report = json.loads((tmp_path/'small'/'report.json').read_text())
     assert report['perplexity']['after']['value'] > 1 and report['recovery']['steps'] == 4 and report['method'] == 'recipe'
     assert 'Recovery: 4 steps' in (tmp_path/'small'/'report.md').read_text()
+
+
+# ---- mixtures of experts, blocks of other kinds, several processes --------------------------------------------------
+
+@pytest.mark.parametrize('family', ['qwen3_moe', 'mixtral', 'bloom', 'gpt_bigcode', 'olmo2'])
+def test_other_families(family):
+    "Steps are finite; the merged model computes what it computed with the updates beside it."
+    dense = tiny_model(family)
+    small = copy.deepcopy(dense)
+    with torch.no_grad():
+        for p in small.parameters(): p.add_(.02*torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    watch, before = windows(3, 4), tensors(small)
+    for trains in ('lora', 'all'):
+        better, done = recover(small, dense, windows(2), 2, Recovery(trains=trains, **QUICK), watch=watch, every=1)
+        assert done.merged == pytest.approx(done.watched[done.best], abs=1e-4) and same(small, before)
+        assert {n: t.shape for n, t in better.state_dict().items()} == {n: t.shape for n, t in before.items()}
+
+
+JOB = '''
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from helpers import tiny_model
+from prunebook.recover import Recovery, recover
+from prunebook.text import Windows
+from prunebook.walk import processes
+torch.set_num_threads(1)
+dense, small = tiny_model('llama'), tiny_model('llama', 1)
+w = Windows(torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0)), 'random')
+better, done = recover(small, dense, w, 3, Recovery(batch_size=3, at_once=1))
+total = sum(p.double().sum().item() for p in better.parameters())
+print(json.dumps([*processes(), done.losses, total]), file=open(f'{sys.argv[2]}/{processes()[0]}-{processes()[1]}', 'w'))
+'''
+
+
+def test_two_processes_recover_as_one(tmp_path):
+    "A batch of three windows is shared out unevenly: the same losses and the same weights, in both."
+    (tmp_path/'job.py').write_text(JOB)
+    here = Path(__file__).parent
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(here.parent), os.environ.get('PYTHONPATH', '')])}
+    for launch in ([], ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--']):
+        p = subprocess.run([sys.executable, *launch, tmp_path/'job.py', here, tmp_path], env=env, capture_output=True, text=True, timeout=300)
+        assert p.returncode == 0, p.stderr[-2000:]
+    alone, first, second = (json.loads((tmp_path/n).read_text()) for n in ('0-1', '0-2', '1-2'))
+    assert first[2:] == second[2:] and first[2] == pytest.approx(alone[2], abs=1e-5) and first[3] == pytest.approx(alone[3], abs=1e-3)
