@@ -109,9 +109,10 @@ class _LoRA:
         self.net = peft.get_peft_model(module, config)
         self.tensors = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
 
-    def casting(self):
+    def casting(self, mixed):
+        "Without autocast `peft` computes the updates in float32."
         from peft.helpers import disable_input_dtype_casting
-        return disable_input_dtype_casting(self.net)
+        return disable_input_dtype_casting(self.net) if mixed else nullcontext()
 
 
     def merge(self):
@@ -140,7 +141,7 @@ class _Everything:
         self.old = {n: p.data for n, p in self.tensors.items()}
         for p in self.tensors.values(): p.data = p.data.to(torch.float32, copy=True)
 
-    def casting(self): return nullcontext()
+    def casting(self, mixed): return nullcontext()
     def merge(self): self.end({n: p.data.to(self.old[n].dtype) for n, p in self.tensors.items()})
     def drop(self): self.end(self.old)
 
@@ -191,10 +192,15 @@ class _Optimizer:
             group['lr'] = self.how.learning_rate*rate(done)
 
 # %% ../nbs/75_recover.ipynb #e6b74b1a
-def _precision(model):
-    "Context manager in which a model of 16 bit numbers is trained: products in bfloat16, what is trained in float32."
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    return lambda: torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
+_AUTOCAST = ('cpu', 'cuda', 'xpu', 'mps') # devices on which PyTorch chooses the precision of a product by itself
+
+def _precision(
+    module, # a model or a block that is going to be trained
+):
+    "A context manager in which 16 bit numbers are multiplied in bfloat16 with what is trained in float32; or None."
+    p = next(module.parameters())
+    half = p.dtype in (torch.bfloat16, torch.float16) and p.device.type in _AUTOCAST
+    return (lambda: torch.autocast(p.device.type, torch.bfloat16)) if half else None
 
 def _loss(student, teacher, ids, how):
     "The loss of some windows, their mean over the tokens."
@@ -265,7 +271,10 @@ class Recovered:
     seconds: float = 0 # of wall time
     cpu_seconds: float = 0 # of this process
 
-    def change(self, step, since=0):
+    def change(self,
+        step, # a step after which the other text was read
+        since=0, # an earlier one
+    ):
         "By how much the watched loss rose between two steps, and its error, paired by window."
         return loss_difference(*(Perplexity(torch.tensor(self.watched[s])) for s in (since, step)))
 
@@ -276,7 +285,9 @@ class Recovered:
         rise, error = self.change(last, self.best)
         return self.best if not rise <= error else None
 
-    def plain(self): return {**asdict(self), 'watched': {str(k): v for k, v in self.watched.items()}, 'harm': self.harm}
+    def plain(self):
+        "Plain values, for a file."
+        return {**asdict(self), 'watched': {str(k): v for k, v in self.watched.items()}, 'harm': self.harm}
 
     def __repr__(self):
         said = f'{self.steps} steps, {self.tokens} tokens, {self.cpu_seconds:.0f} s of CPU time'
@@ -328,6 +339,9 @@ def check_recovery(
     if how.trains == 'lora': _lora_library()
     if getattr(student, 'is_quantized', False) or getattr(student.config, 'quantization_config', None):
         raise ValueError('The student is quantized and cannot be trained; recover the model first, and quantize the result.')
+    p = next(student.parameters())
+    if how.trains == 'all' and p.dtype in (torch.bfloat16, torch.float16) and p.device.type not in _AUTOCAST:
+        raise ValueError(f'A model of {p.dtype} cannot be trained as a whole on {p.device.type}; load it in float32, or train by LoRA.')
     for w in filter(None, (windows, watch)): w.check(student)
     if how.batch_size < processes()[1]:
         raise ValueError(f'batch_size is {how.batch_size}, fewer than the processes; give each at least one window.')
@@ -347,10 +361,10 @@ def check_recovery(
 # %% ../nbs/75_recover.ipynb #9f9c9bb4
 class _Run:
     "One recovery that is under way."
-    def __init__(self, student, teacher, windows, steps, how, watch, every, state, train):
+    def __init__(self, student, teacher, windows, steps, how, watch, every, state, train, precision):
         self.student, self.teacher, self.windows, self.steps, self.how = student, teacher, windows, steps, how
         self.watch, self.every, self.state, self.train = watch, every, state, train
-        self.precision = _precision(student)
+        self.precision = precision or nullcontext
         self.optimizer = _Optimizer(train.tensors, how, steps)
         self.best = {}
         self.done = Recovered(0, 0, asdict(how), repr(windows), watch and repr(watch))
@@ -429,10 +443,11 @@ def recover(
     if not inplace: student = copy.deepcopy(student)
     student.eval()
     with _own_draws(student):
+        precision = _precision(student)
         train = _trainable(student, [*decoder_linears(student)], how)
         try:
-            run = _Run(student, teacher, windows, steps, how, watch, every, _State(state, key), train)
-            with _recomputing(student) if how.checkpointing else nullcontext(), train.casting(): run.go()
+            run = _Run(student, teacher, windows, steps, how, watch, every, _State(state, key), train, precision)
+            with _recomputing(student) if how.checkpointing else nullcontext(), train.casting(precision): run.go()
         except BaseException:
             train.drop()
             raise
@@ -495,20 +510,18 @@ def _visit_block(layer, state, call):
 # %% ../nbs/75_recover.ipynb #c1a6aeda
 def _train_block(layer, names, states, calls, goals, steps, how):
     "Train an open block to turn its inputs into the goals; the loss of every step."
-    device = next(layer.parameters()).device.type
-    half = next(layer.parameters()).dtype in (torch.bfloat16, torch.float16)
-    precision = torch.autocast(device, torch.bfloat16) if half else nullcontext()
+    precision = _precision(layer)
     train = _trainable(layer, names, how)
     optimizer, losses = _Optimizer(train.tensors, how, steps), []
     each = math.ceil(how.batch_size/how.at_once)           # recorded batches in a step
     numbers = Windows(torch.arange(len(states))[:, None], 'numbers of batches')
     try:
-        with train.casting():
+        with train.casting(precision):
             for step in range(steps):
                 chosen = _batch(numbers, replace(how, batch_size=each), step).flatten().tolist()
                 total = 0.
                 for i in chosen:
-                    with precision: out = _visit_block(layer, states[i], calls[i])
+                    with (precision or nullcontext)(): out = _visit_block(layer, states[i], calls[i])
                     loss = _distance(out, goals[i].to(out.device))/each
                     loss.backward()
                     total += loss.item()
