@@ -549,7 +549,8 @@ def cmd_recover(
     from prunebook.plan import PrunePlan
     from prunebook.text import load_windows
     for option, value in dict(teacher=teacher, out=out).items():
-        if value is None: raise ValueError(f'Name the {"dense model" if option == "teacher" else "folder to make"} with --{option}.')
+        what = 'dense model' if option == 'teacher' else 'folder to make'
+        if value is None: raise ValueError(f'Name the {what} with --{option}.')
     if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
     how, bos, asked = _recovery(settings, seed), _bos(bos), (_tasks(tasks, limit), limit)
     if not (Path(folder)/'plan.json').is_file():
@@ -562,9 +563,11 @@ def cmd_recover(
         if offload: dense = _offloaded(dense, small.device)
         cut = dict(tokenizer=tokenizer, seqlen=seqlen, seed=seed, bos=bos)
         train, watched = _recovery_windows(dense, text, watch, n or steps*how.batch_size, cut)
-        test = load_windows(_text('wikitext2'), small, tokenizer, eval_n, seqlen, evaluation=True, bos=bos) if report else None
-        shown = _recovered(small, dense, train, watched, steps, how, state, test, asked,
-                           dict(tokenizer=tokenizer, plan=plan, folder=folder, teacher=teacher, out=out, force=force, as_json=json, seed=seed))
+        reading = lambda: load_windows(_text('wikitext2'), small, tokenizer, eval_n, seqlen, evaluation=True, bos=bos)
+        test = reading() if report else None
+        where = dict(tokenizer=tokenizer, plan=plan, folder=folder, teacher=teacher)
+        where.update(out=out, force=force, as_json=json, seed=seed)
+        shown = _recovered(small, dense, train, watched, steps, how, state, test, asked, where)
         state.unlink(missing_ok=True)
     if _is_first(): print(shown)
 
@@ -577,7 +580,8 @@ def _recovery(settings, seed):
     try: values = json.loads(settings)
     except (ValueError, RecursionError) as e:
         raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"rank": 16}}\'.') from e
-    if not isinstance(values, dict): raise ValueError('--settings is JSON, but not an object; write it like \'{"rank": 16}\'.')
+    if not isinstance(values, dict):
+        raise ValueError('--settings is JSON, but not an object; write it like \'{"rank": 16}\'.')
     known = [f.name for f in fields(Recovery)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f'A recovery has no setting {", ".join(unknown)}; it has {", ".join(known)}.')

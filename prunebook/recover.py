@@ -223,7 +223,9 @@ def _gradients(student, teacher, ids, how, tensors, precision):
         with precision(): loss = _loss(student, teacher, part, how)*(len(part)/len(ids))
         loss.backward()
         total += loss.detach().float().cpu()
-    for p in tensors.values(): p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)    # an expert may have read nothing
+    for p in tensors.values():
+        if p.grad is None: p.grad = torch.zeros_like(p)    # an expert may have read nothing
+        p.grad = summed(p.grad)
     return summed(total).item()
 
 # %% ../nbs/75_recover.ipynb #c33dadbe
@@ -287,7 +289,8 @@ class Recovered:
 
     def plain(self):
         "Plain values, for a file."
-        return {**asdict(self), 'watched': {str(k): v for k, v in self.watched.items()}, 'harm': self.harm}
+        watched = {str(k): v for k, v in self.watched.items()}
+        return {**asdict(self), 'watched': watched, 'harm': self.harm}
 
     def __repr__(self):
         said = f'{self.steps} steps, {self.tokens} tokens, {self.cpu_seconds:.0f} s of CPU time'
@@ -341,12 +344,14 @@ def check_recovery(
         raise ValueError('The student is quantized and cannot be trained; recover the model first, and quantize the result.')
     p = next(student.parameters())
     if how.trains == 'all' and p.dtype in (torch.bfloat16, torch.float16) and p.device.type not in _AUTOCAST:
-        raise ValueError(f'A model of {p.dtype} cannot be trained as a whole on {p.device.type}; load it in float32, or train by LoRA.')
+        raise ValueError(f'A model of {p.dtype} cannot be trained as a whole on {p.device.type}; '
+                         'load it in float32, or train by LoRA.')
     for w in filter(None, (windows, watch)): w.check(student)
     if how.batch_size < processes()[1]:
         raise ValueError(f'batch_size is {how.batch_size}, fewer than the processes; give each at least one window.')
     if not how.needs_teacher: return
-    if teacher is None: raise ValueError('Distillation needs a teacher: give the dense model, or train on labels alone (logits=0, labels=1).')
+    if teacher is None:
+        raise ValueError('Distillation needs a teacher: give the dense model, or train on labels alone (logits=0, labels=1).')
     if student is teacher: raise ValueError('Student and teacher are one model; load the dense model a second time.')
     if teacher.training: raise ValueError('The teacher is in training mode; call teacher.eval() first.')
     sizes = [text_config(m).vocab_size for m in (student, teacher)]
@@ -408,8 +413,8 @@ class _Run:
         _lora_dropout(self.student, True)
         self.resume()
         size = self.how.batch_size*self.windows.seqlen
-        bar = dict(total=self.steps*size, initial=self.done.tokens, unit='token', unit_scale=True, desc='recovering', leave=False)
-        with tqdm(**bar) as progress:
+        bar = dict(total=self.steps*size, initial=self.done.tokens, unit='token', unit_scale=True)
+        with tqdm(desc='recovering', leave=False, **bar) as progress:
             while self.done.steps < self.steps:
                 wall, cpu = time.perf_counter(), time.process_time()
                 progress.set_postfix(loss=f'{self.step():.3f}', refresh=False)
@@ -485,12 +490,13 @@ def recover_estimate(
     job = lambda m: est.Job(m, as_method('fasp'), tokens, 0, seqlen=seqlen)
     n, j = _trained(student, how), job(student)
     step = est.backward(j, tokens, batch, seqlen, n, how.checkpointing)
-    held = dict(student=sum(p.nbytes for p in student.parameters()), trained=16*n, step=step.peak)   # the number, its gradient, two moments
+    weights = lambda module: sum(p.nbytes for p in module.parameters())        # also without data
+    held = dict(student=weights(student), trained=16*n, step=step.peak)        # the number, its gradient, two moments
     flops = step.flops
     if how.needs_teacher:
         t = job(teacher)
-        blocks = [sum(p.nbytes for p in teacher.get_submodule(b.name).parameters()) for b in anatomy(teacher)]
-        whole = sum(p.nbytes for p in teacher.parameters())
+        blocks = [weights(teacher.get_submodule(b.name)) for b in anatomy(teacher)]
+        whole = weights(teacher)
         held['teacher'] = whole - sum(blocks) + max(blocks) if offload else whole
         held['goals'] = (2*j.size + 16)*batch*j.vocabulary # logits of both, their logarithms, the products
         flops += (est.forward_blocks(t, tokens, seqlen) + est.head(t, tokens)).flops
@@ -526,7 +532,8 @@ def _train_block(layer, names, states, calls, goals, steps, how):
                     loss.backward()
                     total += loss.item()
                 if not (math.isfinite(total) and math.isfinite(optimizer.step())):
-                    raise RuntimeError(f'The loss of step {step} is {total}; take a learning rate below {how.learning_rate}.')
+                    raise RuntimeError(f'The loss of step {step} is {total}; '
+                                       f'take a learning rate below {how.learning_rate}.')
                 losses.append(total)
     except BaseException:
         train.drop()
@@ -561,7 +568,8 @@ def recover_blocks(
             layer = dense.open(d)
             for i in range(len(goals)): goals[i] = through(layer, goals[i], dense_calls[i][d.layer])
             dense.close(d)
-            layer, inside = source.open(b), [n.removeprefix(b.name + '.') for n in decoder_linears(student) if n.startswith(b.name + '.')]
+            layer, prefix = source.open(b), f'{b.name}.'
+            inside = [n.removeprefix(prefix) for n in decoder_linears(student) if n.startswith(prefix)]
             try:
                 losses += _train_block(layer, inside, states, [c[b.layer] for c in calls], goals, steps, how)
                 for i in range(len(states)): states[i] = through(layer, states[i], calls[i][b.layer])
