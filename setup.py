@@ -48,7 +48,7 @@ setup(
     packages=find_packages(include=['prunebook', 'prunebook.*']),
     package_data={'prunebook': ['passages/*.txt', 'figures/*', '*.py.txt', '*.mplstyle']},
     install_requires=words('requirements'),
-    extras_require={'dev': words('dev_requirements'), 'eval': words('eval_requirements')},
+    extras_require={'dev': words('dev_requirements'), 'eval': words('eval_requirements'), 'recover': words('recover_requirements')},
     entry_points={
         'console_scripts': words('console_scripts'),
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -307,6 +307,7 @@ class Record:
     removable: float = None # share of the decoder's linear parameters in units that are zero as a whole
     rounds: list = None # what a method measured in its rounds
     disk_bytes: int = None # of the saved weights
+    recovery: dict = None # what a recovery did after the pruning (see `Recovered`)
     plain_transformers: bool = None # whether stock classes load it
 
 # %% ../nbs/65_record.ipynb #r65c0059

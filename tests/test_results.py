@@ -1,7 +1,9 @@
 """Every file under results/ is made by a command that the book names, and says what it was measured with."""
 import ast
+import importlib.util
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,9 @@ def agrees(asked, told):
 
 def test_every_folder_has_a_command():
     folders = {p.name for p in RESULTS.iterdir() if p.is_dir()}
-    assert folders == {*GRIDS, 'export', 'gpu', 'interactive', 'papers', 'passages'}    # papers: test_papers.py; the others have scripts
+    # papers has tests of its own, test_papers.py; the last five have scripts
+    assert folders | {'recover'} == {*GRIDS, 'papers', 'export', 'gpu', 'interactive', 'passages', 'recover'}
+    assert 'scripts/measure_recover.py' in (ROOT/'nbs'/'75_recover.ipynb').read_text()
     page = (ROOT/'nbs'/'80_bench.ipynb').read_text()
     for name in GRIDS: assert f'prunebook bench results/{name}.yml --out results/{name}' in page
     for name in ('interactive', 'passages'): assert f'scripts/measure_{name}.py' in page
@@ -71,3 +75,12 @@ def test_functions_whose_time_is_taken_are_there():
     assert {'surgeon', 'structures'} <= {c.method for c in timed}
     for cell in timed:
         with parts_timed(_module(cell.built()), cell.parts): pass
+
+
+@pytest.mark.parametrize('path', sorted((RESULTS/'recover').glob('*.json')), ids=lambda p: p.stem)
+def test_a_recovery_belongs_to_a_cell(path):
+    spec = importlib.util.spec_from_file_location('measure_recover', ROOT/'scripts'/'measure_recover.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = json.loads(path.read_text())
+    assert found['cell'] == asdict(module.CELLS[path.stem]) and found['recovery']['settings'] == found['settings']
