@@ -498,9 +498,9 @@ def couplings(
 def kinds_of(
     model, # a causal language model of `transformers`
 ):
-    "Names of all kinds of units that can leave this model."
+    "Names of all kinds of units that can leave this model one by one. Whole parts (`prunebook.depth`) are not listed."
     shapes = anatomy(model)
-    return [k for k, u in UNITS.items() if not u.refusal(shapes)]
+    return [k for k, u in UNITS.items() if u.least and not u.refusal(shapes)]
 
 # %% ../nbs/03_couplings.ipynb #37941bf2
 def check_kept(
