@@ -11,7 +11,7 @@ __all__ = ['FAMILIES', 'UNITS', 'KINDS', 'weight_of', 'Separate', 'Fused', 'Stac
            'remove_part', 'slice_coupling', 'slice_units']
 
 # %% ../nbs/03_couplings.ipynb #a7d74d2d
-import functools, inspect
+import functools, importlib, inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import torch
@@ -463,9 +463,12 @@ class ValueChannel(AttentionUnit):
 KINDS = tuple(UNITS) # the kinds of units that this page defines
 
 # %% ../nbs/03_couplings.ipynb #f70ec347
+_ELSEWHERE = dict.fromkeys(('attention', 'mlp'), 'prunebook.depth') # where other kinds are defined
+
 def _units(shapes, kinds):
     "Kinds of units by name. Raises `ValueError` for one that is unknown, overlaps another, or cannot leave."
     for k in kinds:
+        if k in _ELSEWHERE: importlib.import_module(_ELSEWHERE[k])
         if k not in UNITS: raise ValueError(f'Unknown kind of unit {k!r}; there are {", ".join(UNITS)}.')
     units = [UNITS[k] for k in dict.fromkeys(kinds)]
     for i, u in enumerate(units):
