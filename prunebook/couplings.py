@@ -764,7 +764,8 @@ def remove_part(
     place = _place(config, b.layer) if part == 'attention' else -1
     name = b.attention if part == 'attention' else b.mlp_second.rpartition('.')[0]
     if name != b.name: take_away(model.get_submodule(name), part, pair=part == 'attention', place=place)
-    if norm := _own_norm(layer, part): take_away(norm, 'norm')
+    alone = part == 'attention' or name == f'{b.name}.mlp'                     # no experts beside it
+    if alone and (norm := _own_norm(layer, part)): take_away(norm, 'norm')
     if _is_empty(layer) and _skips(config) and (place if part == 'attention' else _place(config, b.layer)) < 0:
         take_away(layer, 'block', pair=b.family.tuples)
 

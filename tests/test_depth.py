@@ -83,7 +83,7 @@ def test_nothing_is_left_of_a_part(family):
     assert all(isinstance(m, Gone) and not any(p.numel() for p in m.parameters()) for m in whole)
     names = [n for i, p in ((0, 'attention'), (2, 'attention'), (2, 'mlp')) for n in b[i].linears(p)]
     assert not set(names) & set(called) and set(b[1].linears('attention')) <= set(called)
-    assert past.layers[0].keys.shape[-3:] == (1, 16, 1) and past.layers[1].keys.numel() > 16*9
+    assert past.layers[0].keys.shape[1::2] == (1, 1) and past.layers[1].keys.shape[1::2] != (1, 1)
     assert len(past.layers) < 3 or not past.layers[2].is_initialized
     assert isinstance(small.get_submodule(b[2].name), Gone) and not any(p.numel() for p in small.get_submodule(b[2].name).parameters())
 
@@ -220,7 +220,7 @@ def test_what_stays_makes_up_for_what_went(method):
     m = tiny_model('llama')
     text, other = random_tokens(m, n=64, seqlen=16), random_tokens(m, n=16, seqlen=16, seed=5).ids
     expected = m(other).logits
-    (cut, plan), (fitted, again) = (prune(m, text, method(restore=r), .3) for r in (False, True))
+    (cut, plan), (fitted, again) = (prune(m, text, method(restore=r, trust=1., spare=(0, 1)), .2) for r in (False, True))
     assert plan.kept == again.kept
     far = lambda model: (model(other).logits - expected).square().mean().item()
     assert far(fitted) < .8*far(cut)
@@ -231,7 +231,7 @@ def test_only_whole_parts():
     m = tiny_model('llama')
     small, _ = prune(m, windows(m), BlockInfluence(units=('mlp',)), .3)
     assert all(b.heads == 6 for b in anatomy(small)) and 0 in {b.mlp_width for b in anatomy(small)}
-    with pytest.raises(ValueError, match='cannot be reached with attention'): prune(m, windows(m), BlockInfluence(units=('attention',)), .5)
+    with pytest.raises(ValueError, match='cannot be reached with attention'): prune(m, windows(m), BlockInfluence(units=('attention',)), .6)
 
 
 @pytest.mark.parametrize('spare,keep', [((1, 1), ()), ((0, 0), (0, 'layers.2.mlp'))])
@@ -251,10 +251,11 @@ def test_a_uniform_share_of_whole_parts_is_spread_over_the_depth():
 
 
 @pytest.mark.parametrize('method', ['block_influence', 'removal'])
-def test_command_line(method, tmp_path, capsys):
+def test_command_line(method, tmp_path, capsys, tiny_tokenizer):
     m = tiny_model('llama')
     m.save_pretrained(tmp_path/'dense')
-    assert main(['prune', str(tmp_path/'dense'), '--method', method, '--sparsity', '0.3', '--text', 'random', '--windows', '4', '--seqlen', '16', '--out', str(tmp_path/'small')]) == 0
+    tiny_tokenizer.save_pretrained(tmp_path/'dense')
+    assert main(['prune', str(tmp_path/'dense'), '--method', method, '--sparsity', '0.3', '--text', 'random', '--n', '4', '--seqlen', '16', '--dtype', 'float32', '--device', 'cpu', '--out', str(tmp_path/'small')]) == 0
     small, _, plan = load_pruned(tmp_path/'small', device='cpu')
     assert plan.method == method and plan.true_sparsity >= .3 and padded_logits(small).isfinite().all()
     assert [b.layer for b in anatomy(small) if not b.has('mlp')] == [int(n[0]) for n, k in plan.kept.items() if n.endswith('mlp') and not k]
