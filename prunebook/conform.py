@@ -11,7 +11,7 @@ import copy, tempfile
 import torch
 from .couplings import anatomy, check_kept, coupling_of, couplings, kinds_of, masked
 from .couplings import slice_coupling, weight_of, UNITS
-from .models import n_parameters, text_config
+from .models import decoder_linears, n_parameters, text_config
 from .text import random_tokens
 from .walk import walk
 
@@ -27,6 +27,7 @@ def random_kept(
     for c in couplings(model, kinds):
         size = c.n_units//c.groups
         stay = max(1, round(size*share))
+        if c.least == 0: stay = int(torch.rand(1, generator=gen).item() < share)*size          # a whole part, or none of it
         groups = [torch.randperm(size, generator=gen)[:stay].sort().values + j*size for j in range(c.groups)]
         kept[c.name] = torch.cat(groups).tolist()
     return kept
@@ -97,7 +98,7 @@ def check_left(
     "Raises `ValueError` for a coupling that is not what is built anew, or whose groups are not equal."
     shapes = anatomy(small)
     facts = lambda c: [c.n_units, c.cost, c.groups, *((n, t.tolist()) for n, t in (*c.firsts, c.second))]
-    for c in left:
+    for c in (c for c in left if c is not None):           # of the others nothing is left
         fresh = coupling_of(small, shapes[c.layer], c.unit)
         if facts(c) != facts(fresh):
             raise ValueError(f'{c.name} after the cut is not what is built anew: {c}, and anew {fresh}.')
@@ -123,7 +124,7 @@ def check_walk(
 ):
     "Raises `ValueError` if a walk sees other inputs of second linears than hooks on a forward pass."
     windows, seen, handles = random_tokens(model, n=3, seqlen=14), {}, []
-    seconds = [n for b in anatomy(model) for n in (b.out, b.mlp_second) if n]
+    seconds = [n for b in anatomy(model) for p, n in (('attention', b.out), ('mlp', b.mlp_second)) if b.has(p)]
     for n in seconds:
         note = lambda module, args, n=n: seen.__setitem__(n, args[0].flatten(0, -2))         # (tokens, columns)
         handles.append(model.get_submodule(n).register_forward_pre_hook(note))
@@ -206,8 +207,8 @@ def conforms(
     for c in table: check_tables(dense, c)
     left = [slice_coupling(small, c, check_kept(c, kept[c.name])) for c in table]
     found = check_function(dense, small, kept)
-    gone = n_parameters([dense]) - n_parameters([small])
-    cost = sum(c.cost*(c.n_units - len(kept[c.name])) for c in table)
+    gone = n_parameters(decoder_linears(dense).values()) - n_parameters(decoder_linears(small).values())
+    cost = sum(c.freed(c.n_units - len(kept[c.name])) for c in table)
     if gone != cost:
         raise ValueError(f'{gone} parameters left with units of {" and ".join(kinds)} that cost {cost}.')
     check_left(small, left)

@@ -8,10 +8,10 @@ __all__ = ['FAMILIES', 'UNITS', 'KINDS', 'weight_of', 'Separate', 'Fused', 'Stac
            'ValueChannel', 'coupling_of', 'couplings', 'kinds_of', 'check_kept', 'removed_columns', 'masked',
            'couplings_of', 'pad_heads', 'unpad_heads', 'FullHeads', 'NarrowCache', 'takes_narrow', 'NarrowValues',
            'narrow_class', 'narrow_values', 'OwnConfig', 'set_attribute', 'get_attribute', 'refresh_attention',
-           'slice_coupling', 'slice_units']
+           'remove_part', 'slice_coupling', 'slice_units']
 
 # %% ../nbs/03_couplings.ipynb #a7d74d2d
-import functools, inspect
+import functools, importlib, inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
+from .gone import take_away
 from .models import blocks, decoder_linears, n_parameters, text_config
 
 # %% ../nbs/03_couplings.ipynb #82025738
@@ -228,7 +229,13 @@ class Block:
     @property
     def attention(self): return self.path(self.family.attention)
 
-    def has(self, part): return part == 'attention' or self.mlp_width > 0
+    def has(self, part): return (self.heads if part == 'attention' else self.mlp_width) > 0
+
+    def linears(self, part):
+        "Paths of the linears of attention or MLP, the second one last."
+        f = self.family
+        names = (*f.qkv, f.out) if part == 'attention' else (*f.mlp_firsts, f.mlp_second)
+        return [self.path(p) for p in names if p]
 
     def qkv_rows(self):
         "Pairs (module name, rows of each head) of queries, keys and values."
@@ -250,7 +257,8 @@ def _read_block(model, prefix, i):
     size = lambda p: weight_of(layer.get_submodule(p)).shape
     narrow = getattr(layer.get_submodule(family.attention), 'narrow', {})
     v = narrow.get('value_dim', h)
-    H, K, v = family.layout.shape([size(p)[0] for p in family.qkv], size(family.out)[1], h, v)
+    if hasattr(layer.get_submodule(family.attention), 'gone'): H, K, v = 0, 0, h
+    else: H, K, v = family.layout.shape([size(p)[0] for p in family.qkv], size(family.out)[1], h, v)
     f = size(family.mlp_second)[1] if family.mlp_second else 0
     b = Block(i, f'{prefix}.{i}', family, h, H, K, v, f)
     _check_shapes(model, b, lambda p: size(p)[0])
@@ -301,6 +309,8 @@ class Coupling:
     cost: int # parameters that leave with one unit
     groups: int = 1 # consecutive groups of units; the same number must remain in each
     multiple: int = 1 # as many units stay in each group as a multiple of it, or all
+    least: int = 1 # units of each group that stay at least; with 0 the whole part may go
+    rest: int = 0 # parameters that go, too, when no unit stays
 
     @property
     def name(self): return f'{self.layer}.{self.kind}'
@@ -310,6 +320,11 @@ class Coupling:
     def part(self): return self.unit.part
     @property
     def n_units(self): return len(self.second[1])
+
+    def freed(self, k):
+        "Parameters that go with `k` units."
+        return self.cost*k + (self.rest if k == self.n_units else 0)
+
     def __repr__(self):
         shape = lambda n, t: f'{n.split(".")[-1]} {t.shape[1]}'
         rows = ', '.join(shape(*f) for f in self.firsts)
@@ -325,6 +340,7 @@ class Unit:
     name = None # what the kind is called
     label = None # the same in words
     part = None # `attention` or `mlp`: the part of the block whose second linear it is tied to
+    least = 1 # units that stay in each group at least
     turns = False # whether a change of basis of the units of a group leaves the model as it is
 
     def __init_subclass__(cls, **kw):
@@ -454,9 +470,12 @@ class ValueChannel(AttentionUnit):
 KINDS = tuple(UNITS) # the kinds of units that this page defines
 
 # %% ../nbs/03_couplings.ipynb #f70ec347
+_ELSEWHERE = dict.fromkeys(('attention', 'mlp'), 'prunebook.depth') # where other kinds are defined
+
 def _units(shapes, kinds):
     "Kinds of units by name. Raises `ValueError` for one that is unknown, overlaps another, or cannot leave."
     for k in kinds:
+        if k in _ELSEWHERE: importlib.import_module(_ELSEWHERE[k])
         if k not in UNITS: raise ValueError(f'Unknown kind of unit {k!r}; there are {", ".join(UNITS)}.')
     units = [UNITS[k] for k in dict.fromkeys(kinds)]
     for i, u in enumerate(units):
@@ -473,7 +492,9 @@ def coupling_of(
     unit, # a kind of unit from `UNITS`
 ):
     "The coupling of one kind of unit in one block."
-    return Coupling(b.layer, unit.name, unit.firsts(b), unit.second(b), unit.cost(model, b), unit.groups(b))
+    second, cost = unit.second(b), unit.cost(model, b)
+    whole = n_parameters([model.get_submodule(n) for n in b.linears(unit.part)])
+    return Coupling(b.layer, unit.name, unit.firsts(b), second, cost, unit.groups(b), least=unit.least, rest=max(0, whole - cost*len(second[1])))
 
 def couplings(
     model, # a causal language model of `transformers`
@@ -487,18 +508,18 @@ def couplings(
 def kinds_of(
     model, # a causal language model of `transformers`
 ):
-    "Names of all kinds of units that can leave this model."
+    "Names of all kinds of units that can leave this model one by one. Whole parts (`prunebook.depth`) are not listed."
     shapes = anatomy(model)
-    return [k for k, u in UNITS.items() if not u.refusal(shapes)]
+    return [k for k, u in UNITS.items() if u.least and not u.refusal(shapes)]
 
 # %% ../nbs/03_couplings.ipynb #37941bf2
 def check_kept(
     coupling, # the coupling
     kept, # indices of the units that stay
 ):
-    "Sorted, validated indices. Raises `ValueError` for none, repeated, out of range or unequal groups."
+    "Sorted, validated indices. Raises `ValueError` for repeated, out of range or unequal groups."
     kept = sorted(int(i) for i in kept)
-    if not kept: raise ValueError(f'{coupling.name}: at least one unit must stay.')
+    if not kept: return kept                               # the whole part goes
     if len(set(kept)) < len(kept): raise ValueError(f'{coupling.name}: a unit is listed twice.')
     if kept[0] < 0 or kept[-1] >= coupling.n_units:
         wrong = kept[-1] if kept[0] >= 0 else kept[0]
@@ -533,6 +554,8 @@ def masked(
         W = weight_of(model.get_submodule(c.second[0]))
         columns = removed_columns(c, kept[c.name]).to(W.device)
         saved.append((W, columns, W[:, columns].clone()))
+        bias = model.get_submodule(c.second[0]).bias
+        if not len(kept[c.name]) and bias is not None: saved.append((bias[None], slice(None), bias[None].clone()))
     for W, columns, _ in saved: W[:, columns] = 0
     try: yield model
     finally:
@@ -715,6 +738,46 @@ def refresh_attention(
     first, second = (p.removeprefix(f'{family.attention}.') for p in (family.qkv[-1], family.out))
     narrow_values(attention, first, second, b.head_dim, b.value_dim, **family.layout.padding(b))
 
+# %% ../nbs/03_couplings.ipynb #de0b0002
+_READ_BY = dict(input_layernorm='attention', post_attention_layernorm='mlp') # in blocks with these two norms before two parts
+
+def _own_norm(layer, part):
+    "The norm of a block that only one part reads; None where that is not known."
+    names = {n for n, _ in layer.named_children()}
+    return next((layer.get_submodule(n) for n, p in _READ_BY.items() if p == part), None) if names == {'self_attn', 'mlp', *_READ_BY} else None
+
+def _place(config, layer):
+    "The layer itself if the model counts tokens at it, as the first of its type; -1 otherwise."
+    types = getattr(config, 'layer_types', None) or ['one']*(layer + 1)
+    return layer if types.index(types[layer]) == layer else -1
+
+def _skips(config):
+    "Whether the stream passes a block without attention and MLP as it is."
+    return getattr(config, 'do_layer_norm_before', True) and not getattr(config, 'apply_residual_connection_post_layernorm', False)
+
+@torch.no_grad()
+def remove_part(
+    model, # a causal language model of `transformers`; changed in place
+    b, # one of its blocks, from `anatomy`
+    part, # `attention` or `mlp`
+):
+    "Remove attention or the MLP of a block as a whole: it adds nothing to the stream."
+    config, layer = text_config(model), model.get_submodule(b.name)
+    *firsts, second = (model.get_submodule(n) for n in b.linears(part))
+    nothing = torch.empty(0, dtype=int, device=second.weight.device)
+    for m in firsts: _resize(m, rows=nothing)
+    _resize(second, columns=nothing)
+    second.bias = None
+    place = _place(config, b.layer) if part == 'attention' else -1
+    name = b.attention if part == 'attention' else b.mlp_second.rpartition('.')[0]
+    if name != b.name: take_away(model.get_submodule(name), part, pair=part == 'attention', place=place)
+    alone = part == 'attention' or name == f'{b.name}.mlp'                     # no experts beside it
+    if alone and (norm := _own_norm(layer, part)): take_away(norm, 'norm')
+    if _is_empty(layer) and _skips(config) and (place if part == 'attention' else _place(config, b.layer)) < 0:
+        take_away(layer, 'block', pair=b.family.tuples)
+
+def _is_empty(layer): return not any(p.ndim > 1 and p.numel() for p in layer.parameters())   # nothing but norms
+
 # %% ../nbs/03_couplings.ipynb #df0dadd3
 def _drop(model, name, rows=None, columns=None):
     "Remove some rows or columns of a linear layer, in place."
@@ -732,9 +795,11 @@ def slice_coupling(
     coupling, # one of its couplings
     units, # indices of the units that stay, from `check_kept`
 ):
-    "Remove all other units of one coupling from the tensors of `model`; returns the coupling of the rest."
+    "Remove all other units of one coupling from the tensors of `model`; returns the coupling of the rest, or None."
     prefix, _, _ = coupling.second[0].partition(f'.{coupling.layer}.')
-    b = coupling.unit.left(_read_block(model, prefix, coupling.layer), len(units))
+    b = _read_block(model, prefix, coupling.layer)
+    if not len(units): return remove_part(model, b, coupling.part)
+    b = coupling.unit.left(b, len(units))
     gone, drop = torch.ones(coupling.n_units, dtype=bool), {}
     gone[units] = False
     for n, t in coupling.firsts: drop.setdefault(n, []).append(t[gone].flatten())

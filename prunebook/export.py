@@ -53,7 +53,10 @@ def written_widths(
 ):
     """Query heads, key-value heads and MLP channels of every block, as they are written.
     Raises `ValueError` if the first block has no attention."""
-    widths = [(b.heads, b.kv_heads, max(1, -(-b.mlp_width//multiple))*multiple) for b in anatomy(model)]
+    blocks = anatomy(model)
+    skipped = lambda b: not (b.has('attention') or b.has('mlp') or b is blocks[-1])        # llama.cpp leaves an MLP out with its attention
+    mlp = lambda b: 0 if skipped(b) else max(1, -(-b.mlp_width//multiple))*multiple
+    widths = [(b.heads, b.kv_heads, mlp(b)) for b in blocks]
     if not widths[0][0]:
         raise ValueError('Block 0 has no attention, and llama.cpp reads the size of a head from it; '
                          'keep it there.')
@@ -148,12 +151,16 @@ def _tensors(
     changes = {n: f for b, w in zip(anatomy(model), widths) for n, f in _changes(b, w, turn).items()}
     number = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch)
     named = gguf.get_tensor_name_map(number, len(widths))
-    gone = tuple(f'blk.{i}.attn_' for i, w in enumerate(widths) if not w[0])
+    empty = [b.layer for b in anatomy(model) if not b.has('mlp')]              # zeros where an MLP is expected
+    gone = tuple(f'blk.{i}.{part}_' for i, w in enumerate(widths) for part, n in (('attn', w[0]), ('ffn', w[2])) if not n)
+    norms = [f'blk.{i}.ffn_norm.weight' for i in empty if widths[i][2]]
+    nothing = torch.zeros(model.config.hidden_size)
     factors = rotary_factors(model)
+    found += [_Tensor(n, '', lambda _: nothing, tuple(nothing.shape)) for n in norms]
     if factors is not None: found.append(_Tensor('rope_freqs.weight', '', lambda _: factors, factors.shape))
     for n, t in model.state_dict().items():
         name = named.get_name(n, ('.weight', '.bias'))
-        if n in model.all_tied_weights_keys or name.startswith(gone): continue
+        if n in model.all_tied_weights_keys or name in norms or name.startswith(gone): continue
         change = changes.get(n, lambda W: W)
         found.append(_Tensor(name, n, change, tuple(change(t.to('meta')).shape)))
     return found

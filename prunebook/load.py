@@ -65,6 +65,8 @@ def _check_linears(modules, linears):
             raise ValueError(f'the layout gives {name} as {spec}, which is no linear layer of this model')
 
 # %% ../nbs/62_load.ipynb #45e3de3e
+_GONE = ('attention', 'mlp', 'norm', 'block') # what can be gone
+
 def _check_layout(
     model, # a model of the stock class, on `meta`
     layout, # dict of `linears`, `attributes` and `values`, as `prunebook.save.layout` makes it
@@ -83,6 +85,10 @@ def _check_layout(
         if not (name in modules and all(map(_linear, linears)) and all(map(_size, sizes))):
             raise ValueError(f'the layout gives {values} as narrow values of {name}, '
                              'which this model does not have')
+    for name, kind in layout.get('gone', {}).items():
+        types = {k: type(v) for k, v in kind.items()} if isinstance(kind, dict) else None
+        if name not in modules or types != dict(part=str, pair=bool, place=int) or kind['part'] not in _GONE:
+            raise ValueError(f'the layout says {kind} of {name}, which is no part of this model that can be gone')
 
 # %% ../nbs/62_load.ipynb #4e079217
 def _weight_files(folder):

@@ -133,7 +133,8 @@ class Needs:
 METHODS = {} # method classes by name, filled as their modules are imported
 _BASELINES = dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores')
 _CHAPTERS = {name: f'prunebook.{name}' for name in ('fasp', 'depth2', 'bonsai', 'surgeon', 'recipe')}
-MODULES = _BASELINES | _CHAPTERS # where the methods of this package live
+_PARTS = dict.fromkeys(('block_influence', 'removal'), 'prunebook.depth') # they remove whole parts
+MODULES = _BASELINES | _CHAPTERS | _PARTS # where the methods of this package live
 
 @dataclass
 class Method:

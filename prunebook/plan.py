@@ -64,9 +64,9 @@ def keep_after(
 def rungs(
     coupling, # the coupling
 ):
-    "How many bundles may leave, ascending: none, or so many that a multiple of `coupling.multiple` stays."
+    "How many bundles may leave, ascending: none, or so many that a multiple of `coupling.multiple` stays; all where `coupling.least` is 0."
     n, m = coupling.n_units//coupling.groups, coupling.multiple
-    return [0, *range(n - (n - 1)//m*m, n, m)]
+    return [0, *range(n - (n - 1)//m*m, n, m), *[n]*(coupling.least == 0)]
 
 # %% ../nbs/04_plan.ipynb #w04a0005
 def check_multiples(
@@ -86,12 +86,13 @@ def most_removable(
     table, # couplings that may give units
 ):
     "Parameters that go at the last rung of each coupling."
-    return sum(c.cost*c.groups*rungs(c)[-1] for c in table)
+    return sum(c.freed(c.groups*rungs(c)[-1]) for c in table)
 
 def least_left(
     table, # couplings that may give units
 ):
     "What stays at the last rungs, in words."
+    if all(c.least == 0 for c in table): return 'nothing'
     return 'one unit' if all(c.multiple == 1 for c in table) else 'the smallest multiple'
 
 # %% ../nbs/04_plan.ipynb #31fd48b1
@@ -113,7 +114,7 @@ def check_sparsity(
 # %% ../nbs/04_plan.ipynb #5a5d19aa
 def _removed(table, steps):
     "Parameters that go with `steps` bundles of each coupling."
-    return sum(c.cost*c.groups*steps[c.name] for c in table)
+    return sum(c.freed(c.groups*steps[c.name]) for c in table)
 
 def _share_out(table, budget):
     "Bundles that leave at the smallest common share with which at least `budget` parameters go."
@@ -131,11 +132,11 @@ def _share_out(table, budget):
 def _given_back(table, steps, budget):
     "The same, one rung lower in as many couplings with a multiple as the budget allows, spread over the depth."
     spare = _removed(table, steps) - budget
-    coarse = [c for c in table if c.multiple > 1]
+    coarse = [c for c in table if c.multiple > 1 or c.least == 0]
     for _, c in sorted(enumerate(coarse), key=lambda p: p[0]*_GOLDEN % 1):
         ladder = rungs(c)
         lower = ladder[max(0, ladder.index(steps[c.name]) - 1)]
-        freed = c.cost*c.groups*(steps[c.name] - lower)
+        freed = c.freed(c.groups*steps[c.name]) - c.freed(c.groups*lower)
         if freed <= spare: steps, spare = {**steps, c.name: lower}, spare - freed
     return steps
 
@@ -177,15 +178,17 @@ def global_steps(
     queue = []
     for i, c in enumerate(table):
         values, climbs = bundles(c, scores[c.name])[1].tolist(), list(pairwise(rungs(c)))
-        worth = [sum(values[a:b])/(c.cost*c.groups*(b - a)) for a, b in climbs]
+        freed = lambda k, c=c: c.freed(c.groups*k)
+        worth = [sum(values[a:b])/(freed(b) - freed(a)) for a, b in climbs]
         never_falls = accumulate(worth, max)
         queue += [(w, i, b - a) for w, (a, b) in zip(never_falls, climbs)]
     steps = {c.name: 0 for c in table}
     removed = 0
     for _, i, step in sorted(queue):
         if removed >= sparsity*total: break
-        steps[table[i].name] += step
-        removed += table[i].cost*table[i].groups*step
+        c, before = table[i], steps[table[i].name]
+        steps[c.name] += step
+        removed += c.freed(c.groups*(before + step)) - c.freed(c.groups*before)
     return steps
 
 # %% ../nbs/04_plan.ipynb #48dfabbd

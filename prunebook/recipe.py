@@ -14,11 +14,11 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from . import estimate as est
-from .couplings import anatomy
+from .couplings import anatomy, weight_of
 from .curvature import curvature, curvature_work
 from .fasp import column_scores
 from .methods import Method, Needs, setting
-from .plan import bundles, check_numbers, check_type, global_steps, keep_after, write_atomic
+from .plan import bundles, check_numbers, check_type, global_steps, keep_after, rungs, write_atomic
 from .repair import as_double
 from .stream import in_basis, run_key, values_turn
 from .structures import remove_rows, row_costs
@@ -70,10 +70,11 @@ class _Riders:
     def start(self,
         key, # what the new one is called
         linear, # second linear of the block of the last step
-        W, # its other weight, (d, f)
+        W, # its other weight, (d, f); None: it adds nothing
     ):
         "One more rides along from here."
-        change = lambda x: F.linear(x, W, linear.bias)
+        nothing = lambda x: x.new_zeros(*x.shape[:-1], len(weight_of(linear)))
+        change = nothing if W is None else lambda x: F.linear(x, W, linear.bias)
         with replaced([(linear, change)]): self.states.append(self.run(self.before))
         self.keys.append(key)
 
@@ -173,6 +174,7 @@ class Recipe(Method):
     turn: bool = True # give values the basis of eq. basis before their channels leave
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); `_trust_for(tokens)` by default, and 0 needs no dense model
     allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units leave each block
+    depth: bool = False # attention or the MLP of a block may go as a whole, at the price that is measured
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
     shares: tuple[float, ...] = setting((.25, .5, .75), is_a='one or more fractions between 0 and 1, ascending') # shares of a block's units at which it is probed; no more than the last may leave
@@ -197,6 +199,8 @@ def check(self:Recipe):
     "Raises `ValueError` for a setting that cannot be."
     if self.uniform: self._make_uniform()
     super(Recipe, self).check()
+    if self.depth and self.allocation != 'measured':
+        raise ValueError(f'depth needs the measured allocation, but allocation is {self.allocation!r}; leave out one of them.')
     edges = (0, *self.shares, 1)
     if len(edges) == 2 or not all(a < b for a, b in zip(edges, edges[1:])):
         known = 'one or more fractions between 0 and 1, ascending, for example (0.25, 0.5, 0.75)'
@@ -273,6 +277,7 @@ def _trials(self:Recipe, v, wanted=lambda: True):
         keep = v.columns(keep_after(v.coupling, scores, k))
         E = _emptied(W, keep, ridge.restore(W, C, keep, ridge.precision(v.weight)) if self.restore else W[:, keep])
         yield k, (E if back is None else back(E)).to(v.weight)
+    if self.depth and wanted(): yield n, None
 
 # %% ../nbs/70_recipe.ipynb #rec9745b
 @patch
@@ -311,7 +316,7 @@ def _probes(self:Recipe,
 def _probe_key(self:Recipe, ctx):
     "What decides the probes, as plain values."
     later = ('allocation', 'trust', 'interaction', 'multiple')             # what comes after them
-    what = {k: v for k, v in self.settings().items() if k not in later}
+    what = {k: v for k, v in self.settings().items() if k not in later and (k, v) != ('depth', False)}
     return run_key(ctx.source, ctx.windows, **what)
 
 def _read_probes(file, key, table):
@@ -387,9 +392,65 @@ def _shared_out(self:Recipe, ctx):
     if self.allocation == 'curvature': costs = self._curved_costs(ctx)
     else:
         points = self._kept_probes(ctx)
+        if self.depth: return self._with_whole_parts(ctx, points)
         price = lambda c: _marginal_costs(c, points[c.name], self.shares[-1], self.interaction)
         costs = {c.name: price(c) for c in ctx.table}
     return global_steps(ctx.table, costs, ctx.sparsity, ctx.total)
+
+# %% ../nbs/70_recipe.ipynb #de0d0002
+def _hull(
+    points, # triples of parameters that are freed, damage and bundles that left; ascending, from (0, 0, 0)
+):
+    "Corners of the lower convex hull: the points where stopping is worth it."
+    corners = []
+    for x, y, k in points:
+        slope = lambda p: (y - p[1])/(x - p[0])
+        while len(corners) > 1 and slope(corners[-1]) <= (corners[-1][1] - corners[-2][1])/(corners[-1][0] - corners[-2][0]): corners.pop()
+        corners.append((x, y, k))
+    return corners
+
+# %% ../nbs/70_recipe.ipynb #de0d0006
+def _whole_or_share(
+    table, # couplings that may give units, or all of them
+    damage, # dict of coupling name -> damage when 0, 1, ... n bundles have left; infinite where it must not stop
+    sparsity, # fraction of decoder parameters to remove
+    total, # parameters of the decoder linears
+):
+    "How many bundles leave each coupling, by the edges of the hulls of damage over parameters; dict by coupling name."
+    edges = []
+    for i, c in enumerate(table):
+        stops = [k for k in rungs(c) if damage[c.name][k] < float('inf')]
+        hull = _hull([(c.freed(c.groups*k), damage[c.name][k].item(), k) for k in stops])
+        edges += [((b[1] - a[1])/(b[0] - a[0]), i, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
+    steps, left = {c.name: 0 for c in table}, sparsity*total
+    for large in (False, True):
+        waits = set()
+        for price, i, size, k in sorted(edges):
+            c = table[i]
+            if left <= 0 or k <= steps[c.name] or c.name in waits: continue
+            if size > left + c.cost*c.groups and not large: waits.add(c.name)
+            else: steps[c.name], left = k, left - size
+    return steps
+
+@patch
+def _with_whole_parts(self:Recipe, ctx, points):
+    "How many bundles leave each coupling where whole parts may go; the last probe of each is the whole part."
+    damage = {}
+    for c in ctx.table:
+        n, (*shares, (_, whole)) = c.n_units//c.groups, points[c.name]
+        curve = _cost_curve(n, shares) if shares else torch.full((n + 1,), float('inf'), dtype=torch.float64)
+        curve[0] = 0
+        curve *= (torch.arange(n + 1)/n)**self.interaction if shares else 1                # (eq. context)
+        curve[max(1, int(self.shares[-1]*n)) + 1:] = float('inf')
+        curve[n] = whole
+        damage[c.name] = curve
+    return _whole_or_share(ctx.table, damage, ctx.sparsity, ctx.total)
+
+@patch
+def table(self:Recipe, model, units=None):
+    "The couplings of all blocks that are not in `spare`; with `depth`, all of their units may leave."
+    found = super(Recipe, self).table(model, units)
+    return [replace(c, least=0) for c in found] if self.depth else found
 
 # %% ../nbs/70_recipe.ipynb #r85e04d7
 @patch
@@ -451,7 +512,7 @@ def before_work(self:Recipe, job):
 def _counts(self:Recipe, c):
     "How many bundles leave at each probe."
     n = c.n_units//c.groups
-    return {min(max(1, int(s*n)), n - 1) for s in self.shares} - {0}
+    return {min(max(1, int(s*n)), n - 1) for s in self.shares} - {0} | ({n} if self.depth else set())
 
 @patch
 def _trials_work(self:Recipe, job, p, level):
@@ -463,7 +524,7 @@ def _trials_work(self:Recipe, job, p, level):
     if turned: total += _basis_work(job, p) + back + est.linear(2*f, p.block.value_dim, f) + est.hold(8*f*f + 8*d*f) + est.brief(16*f*f)
     for k in self._counts(p.coupling):
         left = replace(p, m=f - k*p.coupling.groups*p.coupling.second[1].shape[1])
-        if self.restore: total += est.refit(job, left)*1
+        if self.restore and left.m: total += est.refit(job, left)*1
         total += back + est.brief(16*d*f) if turned else est.brief(2*job.size*d*f)
     return total*1
 

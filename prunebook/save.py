@@ -7,7 +7,7 @@ __all__ = ['fits_stock_class', 'layout', 'upgraded', 'check_loaded', 'pruned_cla
            'save_pruned', 'load_pruned']
 
 # %% ../nbs/60_save.ipynb #b32237e6
-import copy, inspect, json, os, secrets, tempfile
+import copy, inspect, json, os, secrets, tempfile, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from .couplings import anatomy, family_of, narrow_values, unwrapped, weight_of
 from .couplings import FullHeads, NarrowCache, NarrowValues, OwnConfig   # of the modelling file
 from .couplings import _empty_narrow, narrow_class, takes_narrow
 from .couplings import pad_heads, set_attribute, unpad_heads
+from .gone import Gone, gone_class, take_away, _empty_gone
 from .evaluate import weight_bytes
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device
 from .models import auto_classes, leftovers, readable, reserved, write_manifest
@@ -67,12 +68,13 @@ def _spec(module):
 def layout(
     model, # a pruned causal language model
 ):
-    "What a loader must know beyond the configuration: dict of `linears`, `attributes` and narrow `values`."
+    "What a loader must know beyond the configuration: dict of `linears`, `attributes`, narrow `values`, and modules that are `gone`."
     linears = {n: _spec(m) for n, m in decoder_linears(model).items()}
     attentions = {b.path(b.family.attention): b for b in anatomy(model)}
-    attributes = {n: {a: f(b) for a, f in b.family.attributes} for n, b in attentions.items()}
+    attributes = {n: {a: f(b) for a, f in b.family.attributes} for n, b in attentions.items() if b.has('attention')}
     values = {n: m.narrow for n in attentions if hasattr(m := model.get_submodule(n), 'narrow')}
-    return dict(linears=linears, attributes=attributes, values=values)
+    gone = {n: m.gone for n, m in model.named_modules() if hasattr(m, 'gone')}
+    return dict(linears=linears, attributes=attributes, values=values, **dict(gone=gone) if gone else {})
 
 # %% ../nbs/60_save.ipynb #24540d44
 def _give_layout(
@@ -85,11 +87,15 @@ def _give_layout(
     for name, (kind, inputs, outputs, bias) in layout['linears'].items():
         own = type(model.get_submodule(inner(name)))       # Falcon's linear layers multiply in their own way
         if own is Conv1D: own = nn.Linear                  # of folders of earlier versions
-        new = Conv1D(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Initializing zero-element')     # of a part that is gone
+            new = Conv1D(outputs, inputs) if kind == 'Conv1D' else own(inputs, outputs, bias)
+        if not bias: new.bias = None
         model.set_submodule(inner(name), new)
     for name, values in layout['attributes'].items():
         for key, value in values.items(): set_attribute(model.get_submodule(inner(name)), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(inner(name)), **values)
+    for name, kind in layout.get('gone', {}).items(): take_away(model.get_submodule(inner(name)), **kind)
 
 # %% ../nbs/60_save.ipynb #6b213178
 def upgraded(
@@ -144,7 +150,7 @@ def pruned_class(
 
 # %% ../nbs/60_save.ipynb #bfa7107e
 _MODELING = '''"""A pruned {base}: the stock class, every linear of its blocks with its saved size."""
-import functools, inspect
+import functools, inspect, warnings
 import torch
 from torch import nn
 from transformers import DynamicCache, {base}, {headless}
@@ -158,7 +164,7 @@ Pruned{headless} = pruned_class({headless})
 ''' # source of the file that is saved beside the weights of an extraordinary model
 
 # %% ../nbs/60_save.ipynb #2428fb79
-_PARTS = (pad_heads, unpad_heads, FullHeads, NarrowCache, takes_narrow, NarrowValues, narrow_class, _empty_narrow,
+_PARTS = (Gone, gone_class, _empty_gone, take_away, pad_heads, unpad_heads, FullHeads, NarrowCache, takes_narrow, NarrowValues, narrow_class, _empty_narrow,
           narrow_values, OwnConfig, set_attribute, _give_layout, check_loaded, pruned_class) # what it holds
 
 def _modeling_source(

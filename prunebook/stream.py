@@ -337,7 +337,8 @@ def _decide(method, v, kept, scores, everywhere):
         scores[name] = _agreed(v, method.score(v).cpu())
         kept[name] = keep_after(v.coupling, scores[name], v.leaving)
     else: kept[name] = given[name]
-    if v.leaving or everywhere: v.cut(kept[name], _agreed(v, method.repair(v, v.columns(kept[name]))))
+    if not kept[name]: v.cut([], v.weight[:, :0])          # the whole part goes
+    elif v.leaving or everywhere: v.cut(kept[name], _agreed(v, method.repair(v, v.columns(kept[name]))))
 
 def _agreed(v, x):
     "What the first process found, in all that share the windows."

@@ -253,21 +253,23 @@ def _stages(source, b, states, run, firsts, outputs, waiting):
     "The stages of one block; then the states are those after it, on the device `waiting`."
     n = len(states)
     model = source.model
-    attention, first_attention = model.get_submodule(b.attention), b.path(b.family.qkv[0])
     def first(part, linear, X):
         stage = checked(Stage(b, part, linear, X, 'first'))
         yield stage
         stage.X.clear()
     # 1. attention up to the input of its second linear
-    if firsts: yield from first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
-    stage, structure = _attention_stage(source, b, n, run)
-    if outputs: stage.finish(model)
-    A = stage.Y                                            # before the caller makes something else of them
-    yield stage
-    if A is None: A = source.collect(stage.output(model, i) for i in range(n))
-    stage.X.clear()                                        # whoever still holds the stage
-    stage.Y = A
-    finished = lambda i: [(attention, _stand_in(attention, A[i], structure))]
+    A, finished = [], lambda i: []
+    if b.has('attention'):
+        attention, first_attention = model.get_submodule(b.attention), b.path(b.family.qkv[0])
+        if firsts: yield from first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
+        stage, structure = _attention_stage(source, b, n, run)
+        if outputs: stage.finish(model)
+        A = stage.Y                                        # before the caller makes something else of them
+        yield stage
+        if A is None: A = source.collect(stage.output(model, i) for i in range(n))
+        stage.X.clear()                                    # whoever still holds the stage
+        stage.Y = A
+        finished = lambda i: [(attention, _stand_in(attention, A[i], structure))]
     # 2. the MLP up to the input of its second linear
     if not b.has('mlp'):
         for i in range(n): states[i] = run(i, finished(i)).to(waiting)

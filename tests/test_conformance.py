@@ -97,7 +97,7 @@ def test_a_pruned_model_of_every_family_writes(family):
     check_writes(check_method(model, configured('recipe', dict(units=units_of(model)))))
 
 
-@pytest.mark.parametrize('method', MODULES)
+@pytest.mark.parametrize('method', [n for n in MODULES if n not in ('block_influence', 'removal')])   # those: test_depth
 @pytest.mark.parametrize('family', UNLIKE)
 def test_every_method_on_families_that_are_unlike_the_others(family, method):
     model, quick = build(family), dict(bonsai=dict(evaluations=8, seqlen=12), surgeon=dict(shots=2)).get(method, {})

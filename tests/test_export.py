@@ -122,18 +122,21 @@ def test_an_mlp_that_is_gone(block, tmp_path):
     assert agrees(m, export(saved(m, tmp_path), tmp_path/'m.gguf'))
 
 
-@pytest.mark.parametrize('block', [0, 1, 2])
-def test_an_attention_that_is_gone(block, tmp_path, monkeypatch):
-    "Its tensors are left out; the first block's must be there."
-    m = tiny_model('llama', attention_bias=False)
-    m.model.layers[block].self_attn.o_proj.weight.data.zero_()
-    read = module.anatomy
-    monkeypatch.setattr(module, 'anatomy', lambda m: [replace(b, heads=0, kv_heads=0) if b.layer == block else b for b in read(m)])
-    if block == 0:
+@pytest.mark.parametrize('gone', [(0, 'attention'), (1, 'attention'), (2, 'attention'), (0, 'mlp'), (1, 'mlp'), (2, 'mlp'), (1, 'both'), (2, 'both')], ids=str)
+def test_parts_that_are_gone(gone, tmp_path):
+    "Tensors of an attention are left out, the first block's must be there; an MLP is left out with the attention, but for the last block's."
+    (block, part), sizes = gone, dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    m = slice_units(fresh_model('llama', **sizes), {f'{block}.{p}': [] for p in ('attention', 'mlp') if part in (p, 'both')})
+    if gone == (0, 'attention'):
         with pytest.raises(ValueError, match='Block 0 has no attention'): export(saved(m, tmp_path), tmp_path/'m.gguf')
         return
     done = export(saved(m, tmp_path), tmp_path/'m.gguf')
-    assert not any(t.name.startswith(f'blk.{block}.attn') for t in gguf.GGUFReader(done.file).tensors) and agrees(m, done)
+    names = [t.name for t in gguf.GGUFReader(done.file).tensors]
+    assert any(n.startswith(f'blk.{block}.attn') for n in names) is (part == 'mlp')
+    assert any(n.startswith(f'blk.{block}.ffn') for n in names) is (gone != (1, 'both'))
+    assert agrees(m, done)
+    rounded, before = export(tmp_path/'saved', tmp_path/'q.gguf', quantize='q8_0'), {n: p.clone() for n, p in m.state_dict().items()}
+    for n, p in give_weights_of(rounded.file, m).state_dict().items(): torch.testing.assert_close(p, before[n], rtol=0, atol=.01*max(1., before[n].abs().max().item() if p.numel() else 0))
 
 
 def test_the_context_ends_where_a_sliding_window_begins(tmp_path):

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 VALUES = ('value_channel', 'mlp_channel')
 QUICK = dict(bonsai=dict(evaluations=8, seqlen=12), surgeon=dict(shots=2, rounds=1), recipe=dict(measure_seqlen=12, shares=(.5,)))
+PARTS = ('block_influence', 'removal')                      # they remove whole parts
 EVERY = ('random', 'magnitude', 'wanda_sp', 'flap', 'taylor', 'fasp', 'depth2', 'bonsai', 'surgeon', 'recipe')
 
 
@@ -101,8 +102,8 @@ def test_no_widths_of_these_multiples_lose_less_than_the_global_threshold(size, 
 # ---- methods ---------------------------------------------------------------------------------------------------------
 
 def test_these_are_all_methods():
-    for n in EVERY: as_method(n)
-    assert {n for n, m in METHODS.items() if m.__module__.startswith('prunebook.')} == set(EVERY)
+    for n in (*EVERY, *PARTS): as_method(n)
+    assert {n for n, m in METHODS.items() if m.__module__.startswith('prunebook.')} == {*EVERY, *PARTS}
 
 
 @pytest.mark.parametrize('name', EVERY)
