@@ -17,6 +17,7 @@ from .couplings import FullHeads, NarrowCache, NarrowValues, OwnConfig   # of th
 from .couplings import _empty_narrow, narrow_class, takes_narrow
 from .couplings import pad_heads, set_attribute, unpad_heads
 from .evaluate import weight_bytes
+from .experts import keep_experts
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device
 from .models import auto_classes, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan
@@ -29,7 +30,10 @@ def _narrow_config(
     cfg = copy.deepcopy(model.config)
     for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                # of the folder it came from
     text = cfg.get_text_config(decoder=True)
-    b = anatomy(model)[0]
+    shapes = anatomy(model)
+    if mixture := next((b for b in shapes if b.n_experts), None):
+        setattr(text, mixture.family.n_experts, mixture.n_experts)
+    b = shapes[0]
     family = b.family
     if family.mlp_width: setattr(text, family.mlp_width, b.mlp_width)
     if family.heads:
@@ -67,12 +71,14 @@ def _spec(module):
 def layout(
     model, # a pruned causal language model
 ):
-    "What a loader must know beyond the configuration: dict of `linears`, `attributes` and narrow `values`."
+    "What a loader must know beyond the configuration: `linears`, `attributes`, narrow `values` and `experts`."
     linears = {n: _spec(m) for n, m in decoder_linears(model).items()}
     attentions = {b.path(b.family.attention): b for b in anatomy(model)}
     attributes = {n: {a: f(b) for a, f in b.family.attributes} for n, b in attentions.items()}
     values = {n: m.narrow for n in attentions if hasattr(m := model.get_submodule(n), 'narrow')}
-    return dict(linears=linears, attributes=attributes, values=values)
+    mixtures = [b for b in anatomy(model) if b.n_experts]
+    experts = {b.path(b.family.experts): [b.path(b.family.router), b.n_experts] for b in mixtures}
+    return dict(linears=linears, attributes=attributes, values=values, **(dict(experts=experts) if experts else {}))
 
 # %% ../nbs/60_save.ipynb #24540d44
 def _give_layout(
@@ -90,6 +96,8 @@ def _give_layout(
     for name, values in layout['attributes'].items():
         for key, value in values.items(): set_attribute(model.get_submodule(inner(name)), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(inner(name)), **values)
+    for name, (router, n) in layout.get('experts', {}).items():
+        keep_experts(model.get_submodule(inner(name)), model.get_submodule(inner(router)), range(n))
 
 # %% ../nbs/60_save.ipynb #6b213178
 def upgraded(
@@ -159,7 +167,7 @@ Pruned{headless} = pruned_class({headless})
 
 # %% ../nbs/60_save.ipynb #2428fb79
 _PARTS = (pad_heads, unpad_heads, FullHeads, NarrowCache, takes_narrow, NarrowValues, narrow_class, _empty_narrow,
-          narrow_values, OwnConfig, set_attribute, _give_layout, check_loaded, pruned_class) # what it holds
+          narrow_values, OwnConfig, set_attribute, keep_experts, _give_layout, check_loaded, pruned_class) # what it holds
 
 def _modeling_source(
     model, # a pruned causal language model
