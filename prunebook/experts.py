@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'keep_experts', 'without_experts', 'Expert', 'routing_sums', 'routing', 'REAP', 'leave_one_out']
 
-# %% ../nbs/68_experts.ipynb #1eec35df
+# %% ../nbs/68_experts.ipynb #fbe3243c
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,10 +18,10 @@ from . import estimate as est
 from .couplings import Unit, anatomy, couplings, masked
 from .evaluate import window_losses
 from .methods import Method, Needs
-from .plan import check_numbers
+from .plan import check_numbers, global_steps, uniform_steps
 from .walk import replaced
 
-# %% ../nbs/68_experts.ipynb #58524569
+# %% ../nbs/68_experts.ipynb #d089c87b
 def keep_experts(
     experts, # module that holds the stacked weights of the experts; changed in place
     router, # module that sends tokens to them; changed in place
@@ -38,7 +38,7 @@ def keep_experts(
         for name in ('num_experts', 'n_routed_experts', 'num_local_experts', 'out_features'):
             if getattr(m, name, None) == n: setattr(m, name, len(kept))
 
-# %% ../nbs/68_experts.ipynb #d1e5ac2b
+# %% ../nbs/68_experts.ipynb #a6e50c9d
 class _Without(TorchFunctionMode):
     "What a linear layer gives for some rows is minus infinity."
     def __init__(self,
@@ -69,7 +69,7 @@ def without_experts(
     finally:
         for t, values in zip(corrections, old): t.copy_(values)
 
-# %% ../nbs/68_experts.ipynb #a75cd44e
+# %% ../nbs/68_experts.ipynb #5f39217b
 class Expert(Unit):
     "An expert of a mixture, with its row of the router."
     name, label, part, columns = 'expert', 'Expert', 'experts', False
@@ -97,7 +97,7 @@ class Expert(Unit):
         "Remove the weights of the other experts, and their rows of the router."
         keep_experts(*(model.get_submodule(n) for n in (coupling.second[0], coupling.firsts[0][0])), units)
 
-# %% ../nbs/68_experts.ipynb #2b6363a5
+# %% ../nbs/68_experts.ipynb #fdaf261a
 @torch.no_grad()
 def routing_sums(
     experts, # module that holds the experts of a mixture
@@ -115,7 +115,7 @@ def routing_sums(
         sums.index_add_(1, chosen[:, j], found)
     return sums
 
-# %% ../nbs/68_experts.ipynb #d7cc086f
+# %% ../nbs/68_experts.ipynb #a84df8a5
 def routing(
     ctx, # the `Context` of a run
 ):
@@ -135,7 +135,7 @@ def routing(
     for name, s in sums.items(): check_numbers(s, f'routing of {name}', ctx.model.dtype)
     return sums
 
-# %% ../nbs/68_experts.ipynb #f0b9c15c
+# %% ../nbs/68_experts.ipynb #691602e4
 SCORES = dict( # scores of experts from their `routing_sums`: tokens, Σ|f|, Σg|f|
     reap=lambda tokens, norms, gated: gated/tokens.clamp(min=1),
     total=lambda tokens, norms, gated: gated/tokens.sum(),
@@ -150,8 +150,13 @@ class REAP(Method):
     whole = True
     units: tuple[str, ...] = ('expert',) # kinds of units
     by: Literal['reap', 'total', 'norm', 'frequency'] = 'reap' # the score, a key of `SCORES`
+    uniform: bool = True # the same number in every block; one threshold for the whole model otherwise
 
     def prepare(self, ctx): return {n: SCORES[self.by](*s) for n, s in routing(ctx).items()}
+
+    def allocate(self, ctx):
+        if self.uniform: return uniform_steps(ctx.table, ctx.sparsity, ctx.total)
+        return global_steps(ctx.table, ctx.found, ctx.sparsity, ctx.total)
 
     def table(self, model, units=None):
         "The couplings of all blocks with experts. Raises `ValueError` for other units than experts."
@@ -160,7 +165,7 @@ class REAP(Method):
             raise ValueError(f'reap scores experts, and not {other}; prune that in a run of its own.')
         return table
 
-# %% ../nbs/68_experts.ipynb #32f539af
+# %% ../nbs/68_experts.ipynb #bfda2f41
 @patch
 def before_work(self:REAP, job):
     "A look at the dense model, in which every expert that is chosen computes twice."
@@ -168,7 +173,7 @@ def before_work(self:REAP, job):
     each = sum(p.numel()//b.n_experts*b.top_k for b in anatomy(model) if b.n_experts for p in size(b))
     return est.walking(job) + est.Work(4*each*job.tokens, 4*job.batch*job.d)
 
-# %% ../nbs/68_experts.ipynb #3d913814
+# %% ../nbs/68_experts.ipynb #a6d63426
 def leave_one_out(
     model, # a causal language model with experts
     windows, # `Windows` to measure on

@@ -92,6 +92,7 @@ def least_left(
     table, # couplings that may give units
 ):
     "What stays at the last rungs, in words."
+    if any(c.least > 1 for c in table): return 'the smallest number that can'
     return 'one unit' if all(c.multiple == 1 for c in table) else 'the smallest multiple'
 
 # %% ../nbs/04_plan.ipynb #31fd48b1
