@@ -393,7 +393,7 @@ class MLPChannel(Unit):
     def refusal(self, shapes):
         "Why it cannot leave these blocks, or None."
         if any(b.has('mlp') for b in shapes): return
-        return ('This model has no MLP of linear layers (its experts stay as they are); '
+        return ('This model has no MLP of linear layers (its experts are units of another kind); '
                 f'{self.name} cannot be cut. Name units of attention alone, for example units=["value_channel"].')
 
 # %% ../nbs/03_couplings.ipynb #0398abd8
