@@ -339,6 +339,7 @@ class Unit:
     label = None # the same in words
     part = None # `attention`, `experts` or `mlp`: the part of the block it belongs to
     columns = True # whether it is made of columns of a second linear, which can be re-fitted
+    least = 1 # units that stay in each group at least
     turns = False # whether a change of basis of the units of a group leaves the model as it is
 
     def __init_subclass__(cls, **kw):
@@ -365,7 +366,7 @@ class Unit:
         raise NotImplementedError(f'{type(self).__name__} has no left().')
 
     def groups(self, b): return 1                          # the same number of units must stay in each
-    def least(self, b): return 1                           # units that must stay in each group
+    def fewest(self, b): return self.least                 # units that stay in each group at least, in one block
     def overlaps(self, other): return self.part == other.part   # whether both kinds own the same columns
     def refusal(self, shapes): return None                 # why it cannot leave these blocks
     def refresh(self, model, b): pass                      # what modules know about the block, after a cut
@@ -497,7 +498,7 @@ def coupling_of(
 ):
     "The coupling of one kind of unit in one block."
     shape = unit.firsts(b), unit.second(b), unit.cost(model, b), unit.groups(b)
-    return Coupling(b.layer, unit.name, *shape, least=unit.least(b))
+    return Coupling(b.layer, unit.name, *shape, least=unit.fewest(b))
 
 def couplings(
     model, # a causal language model of `transformers`

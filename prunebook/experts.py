@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from . import estimate as est
 from .couplings import Unit, anatomy, couplings, masked
 from .evaluate import window_losses
-from .methods import Method, Needs
+from .methods import Method
 from .plan import check_numbers, global_steps, uniform_steps
-from .walk import replaced
+from .walk import replaced, walk
 
 # %% ../nbs/68_experts.ipynb #e68c0016
 class _Without(TorchFunctionMode):
@@ -76,7 +76,7 @@ class Expert(Unit):
     def second(self, b): return b.path(b.family.experts), torch.arange(b.n_experts)[:, None]
     def firsts(self, b): return [(b.path(b.family.router), torch.arange(b.n_experts)[:, None])]
     def left(self, b, n): return replace(b, n_experts=n)
-    def least(self, b): return b.top_k                     # the router chooses so many
+    def fewest(self, b): return b.top_k                    # the router chooses so many
 
     def cost(self, model, b):
         "Parameters that leave with one expert."
@@ -136,18 +136,13 @@ def routing(
     ctx, # the `Context` of a run
 ):
     "`routing_sums` over all calibration tokens in the dense model, by coupling name; (3, experts) each."
-    table, sums, handles = {c.layer: c for c in ctx.table}, {}, []
-    def add(name, module, args):
-        new = routing_sums(module, *args)
-        sums[name] = sums.get(name, 0) + new.double().cpu()
-    try:
-        for v in ctx.look(Needs(everywhere=True), desc='routing'):             # the block computes after its visits
-            c = table.get(v.layer)
-            if c is None or v.part != 'attention': continue
-            module = v.model.get_submodule(c.second[0])
-            handles.append(module.register_forward_pre_hook(lambda m, args, c=c: add(c.name, m, args)))
-    finally:
-        for h in handles: h.remove()
+    source, sums = ctx.source.twin(), {}                   # another tree of modules, to listen to
+    def listen(c):
+        def add(module, args):
+            sums[c.name] = sums.get(c.name, 0) + routing_sums(module, *args).double().cpu()
+        source.model.get_submodule(c.second[0]).register_forward_pre_hook(add)
+    for c in ctx.table: listen(c)
+    for _ in walk(source, ctx.windows, ctx.run.batch_size, desc='routing', outputs=True): pass   # every block computes once
     for name, s in sums.items(): check_numbers(s, f'routing of {name}', ctx.model.dtype)
     return sums
 

@@ -641,7 +641,7 @@ TINY_MORE = dict( # configurations of more tiny models, by family
     qwen2_moe=dict(_experts, shared_expert_intermediate_size=37, mlp_only_layers=[1]),
     qwen3_moe=dict(_experts, mlp_only_layers=[0]), olmoe=dict(_experts, intermediate_size=16, num_attention_heads=4),
     glm4_moe=dict(_experts, n_routed_experts=4, use_qk_norm=True, routed_scaling_factor=2.),
-    ernie4_5_moe=dict(_experts, moe_num_experts=4, moe_k=2, use_bias=True))
+    ernie4_5_moe=dict(_experts, use_bias=True))
 
 # %% ../nbs/00_models.ipynb #0391b5fc
 def tiny_model(

@@ -10,7 +10,7 @@ from prunebook.conform import check_saved, check_streamed, padded_logits, random
 from prunebook.couplings import anatomy, couplings, masked, slice_units
 from prunebook.experts import REAP, SCORES, leave_one_out, routing, routing_sums, without_experts
 from prunebook.load import load_ours
-from prunebook.methods import configured
+from prunebook.methods import Run, configured
 from prunebook.models import decoder_weights, load_model, n_parameters
 from prunebook.pruning import prune
 from prunebook.save import fits_stock_class, load_pruned, save_pruned
@@ -26,11 +26,17 @@ CORRECTED = ['glm4_moe', 'ernie4_5_moe']                   # choose by more than
 
 def build(family, **config):
     "A tiny mixture of six experts whose corrections are not zero."
-    n = dict(ernie4_5_moe='moe_num_experts', glm4_moe='n_routed_experts', mixtral='num_local_experts', gpt_oss='num_local_experts').get(family, 'num_experts')
+    n = dict(glm4_moe='n_routed_experts', mixtral='num_local_experts', gpt_oss='num_local_experts').get(family, 'num_experts')
     m = tiny_model(family, **{n: 6, **config})
     for name, t in m.named_buffers():
         if 'correction' in name: t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(1)))
     return m
+
+
+def bits(m):
+    "Logits with parameters at round addresses; last bits depend on that."
+    for p in m.parameters(): p.data = p.data.clone()
+    return padded_logits(m)
 
 
 def windows(m): return random_tokens(m, n=3, seqlen=14)
@@ -80,7 +86,7 @@ def test_equal_numbers_are_an_ordinary_model(family, tmp_path):
     assert fits_stock_class(small)
     save_pruned(small, None, tmp_path/'small')
     plain = AutoModelForCausalLM.from_pretrained(tmp_path/'small').eval()
-    assert type(plain) is type(small) and torch.equal(padded_logits(plain), padded_logits(small))
+    assert type(plain) is type(small) and torch.equal(bits(plain), bits(small))
     assert not (tmp_path/'small'/'modeling_pruned.py').exists()
 
 
@@ -89,11 +95,11 @@ def test_other_numbers_in_each_block_bring_their_own_class(family, tmp_path):
     m = build(family)
     first, *_, last = [c.name for c in couplings(m, 'expert')]
     small = slice_units(m, {first: [1, 2, 4], last: [0, 1, 2, 3, 5]})
-    numbers, expected = [b.n_experts for b in anatomy(small)], padded_logits(small)
+    numbers, expected = [b.n_experts for b in anatomy(small)], bits(small)
     save_pruned(small, None, tmp_path/'small')
     ids = random_tokens(small, n=2, seqlen=9).ids
     for again in (load_pruned(tmp_path/'small', device='cpu')[0], AutoModelForCausalLM.from_pretrained(tmp_path/'small', trust_remote_code=True).eval()):
-        assert torch.equal(padded_logits(again), expected) and [b.n_experts for b in anatomy(again)] == numbers
+        assert torch.equal(bits(again), expected) and [b.n_experts for b in anatomy(again)] == numbers
         assert again.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 12)
     check_saved(again)                                     # once more
 
@@ -133,7 +139,7 @@ def test_as_many_stay_as_a_token_needs():
     with pytest.raises(ValueError, match='at least 4 units must stay'): slice_units(m, {'0.expert': [1, 2, 3]})
     with pytest.raises(ValueError, match='smallest number that can stays everywhere'): prune(m, windows(m), 'reap', .5)
     small, plan = prune(m, windows(m), REAP(multiple={'expert': 2}), .1)
-    assert [b.n_experts for b in anatomy(small)] == [4, 4, 4]
+    assert {b.n_experts for b in anatomy(small)} == {4, 6} and plan.true_sparsity >= .1
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------------
@@ -176,14 +182,11 @@ def test_each_score_removes_what_it_finds_small(by):
 
 
 def test_an_expert_that_nobody_asks_leaves_first():
-    m = build('mixtral', num_hidden_layers=1)
+    m, never = build('glm4_moe'), [2, 5]
     c, _, router = mixtures(m)[0]
-    never = [2, 5]
-    stock = router.forward
-    def forward(x):
-        with without_experts(router, torch.tensor([e in never for e in range(6)])): return stock(x)
-    router.forward = forward
+    router.e_score_correction_bias[never] = -9.
     sums = routing(Context(InMemory(m), windows(m), .1, table=[c]))[c.name]
+    assert sums[0].sum() == 2*3*14
     for by, score in SCORES.items(): assert score(*sums)[never].tolist() == [0, 0] and score(*sums).isfinite().all(), by
 
 
@@ -195,15 +198,6 @@ def test_leave_one_out_is_slicing_one():
     for name, e in (('0.expert', 2), ('2.expert', 5)):
         small = slice_units(copy.deepcopy(m), {name: [i for i in range(6) if i != e]})
         assert found[name][e].item() == pytest.approx(loss(small) - loss(m), abs=2e-5) != 0
-
-
-def test_the_best_order_of_a_small_mixture_is_the_oracles():
-    "With one expert that does nearly everything, the score and leave-one-out agree on it."
-    m = build('mixtral')
-    for _, experts, _ in mixtures(m): experts.down_proj.data[3] *= 30
-    oracle = leave_one_out(m, windows(m))
-    scores = prune(m, windows(m), 'reap', .1)[1].scores
-    for name, rises in oracle.items(): assert max(range(6), key=scores[name].__getitem__) == 3 == rises.abs().argmax()
 
 
 # ---- the method --------------------------------------------------------------------------------------------------------
@@ -244,6 +238,20 @@ def test_at_random_together_with_attention():
 
 
 def test_from_disk_to_disk(): check_streamed(build('gpt_oss'), 'reap', .1)
+
+
+@pytest.mark.parametrize('place', ['one', 'visited'])
+@pytest.mark.parametrize('family', ['mixtral', 'gpt_oss'])
+def test_on_a_pretended_gpu(family, place):
+    from fake_gpu import FakeGPU
+    m = build(family)
+    m.set_experts_implementation('eager')
+    expected, plan = prune(m, windows(m), 'reap', .1)
+    with FakeGPU(strict=True):
+        small, found = prune(copy.deepcopy(m).to('gpu:0') if place == 'one' else m, windows(m), 'reap', .1, run=Run(device=None if place == 'one' else 'gpu:0'))
+        with torch.no_grad(): logits = small(windows(m).ids.to(small.device)).logits.cpu()
+    assert found.kept == plan.kept
+    with torch.no_grad(): torch.testing.assert_close(logits, expected(windows(m).ids).logits, rtol=1e-4, atol=1e-4)
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------
