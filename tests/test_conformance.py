@@ -30,8 +30,7 @@ PLAIN = [(f, 1 if f in GROUPED else 0) for f in MODELS]                         
 MATRICES = [p for p in PLAIN if p[0] in (*TINY, 'phi3', 'gpt_neox')]                             # every way in which matrices lie
 HEADS_STAY = {'olmo2', 'olmo3', 'olmoe', 'bloom', 'mpt', 'gpt_oss'}
 ONLY_ATTENTION = {'mixtral', 'olmoe', 'gpt_oss'}           # besides experts
-EXPERTS = ['mixtral', 'olmoe', 'qwen2_moe', 'qwen3_moe', 'glm4_moe', 'ernie4_5_moe']       # whose checkpoints keep every expert on its own
-MIXTURES = [*EXPERTS, 'gpt_oss']
+MIXTURES = ['mixtral', 'olmoe', 'qwen2_moe', 'qwen3_moe', 'glm4_moe', 'ernie4_5_moe', 'gpt_oss']
 # families whose blocks are built in a way of their own: norms or a gate behind, tuples, residuals inside, experts, ALiBi, sinks
 UNLIKE = ['gemma2', 'olmo2', 'falcon', 'bloom', 'mpt', 'gpt_neo', 'gpt_bigcode', 'glm4', 'mixtral', 'qwen2_moe', 'gpt_oss']
 
@@ -106,15 +105,10 @@ def test_every_method_on_families_that_are_unlike_the_others(family, method):
     check_method(model, configured(method, dict(quick, units=units_of(model))), some(model))
 
 
-@pytest.mark.parametrize('family', [*(f for f in UNLIKE if f not in EXPERTS), 'gpt_neox', 'xglm', 'persimmon', 'phi3', 'exaone4'])
+@pytest.mark.parametrize('family', [*UNLIKE, 'gpt_neox', 'xglm', 'persimmon', 'phi3', 'exaone4'])
 def test_a_checkpoint_on_disk_gives_the_same(family):
     model = build(family)
     check_streamed(model, configured('fasp', dict(units=units_of(model))), some(model))
-
-
-@pytest.mark.parametrize('family', EXPERTS)
-def test_experts_cannot_be_streamed_yet(family):
-    with pytest.raises(ValueError, match='keeps every expert on its own.*prune it in memory'): check_streamed(build(family), configured('fasp', dict(units=('value_channel',))), .05)
 
 
 @pytest.mark.parametrize('family', ['gemma2', 'llama', 'cohere2', 'phi3', 'gpt_neox'])

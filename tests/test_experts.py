@@ -17,6 +17,7 @@ from prunebook.save import fits_stock_class, load_pruned, save_pruned
 from prunebook.sources import InMemory
 from prunebook.stream import Context
 from prunebook.text import random_tokens
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
@@ -237,7 +238,22 @@ def test_at_random_together_with_attention():
     assert all(b.n_experts < 6 and b.kv_heads < 2 for b in anatomy(small)) and plan.true_sparsity >= .3
 
 
-def test_from_disk_to_disk(): check_streamed(build('gpt_oss'), 'reap', .1)
+@pytest.mark.parametrize('uniform', [True, False])
+@pytest.mark.parametrize('family', MIXTURES)
+def test_from_disk_to_disk(family, uniform):
+    "Most checkpoints keep every expert on its own, and transformers stacks them when it loads."
+    check_streamed(build(family), REAP(uniform=uniform), .1)
+
+
+@pytest.mark.parametrize('family', ['mixtral', 'qwen3_moe'])
+def test_an_expert_that_is_missing_on_disk_is_named(family, tmp_path):
+    m = build(family)
+    m.save_pretrained(tmp_path/'dense')
+    tensors = load_file(tmp_path/'dense'/'model.safetensors')
+    lost = [n for n in tensors if '.experts.3.' in n][-1]
+    del tensors[lost]
+    save_file(tensors, tmp_path/'dense'/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match=f'has no tensor {lost}'): prune(tmp_path/'dense', windows(m), 'reap', .1, run=Run(out=tmp_path/'small'))
 
 
 @pytest.mark.parametrize('place', ['one', 'visited'])
