@@ -253,7 +253,7 @@ def test_an_expert_that_is_missing_on_disk_is_named(family, tmp_path):
     lost = [n for n in tensors if '.experts.3.' in n][-1]
     del tensors[lost]
     save_file(tensors, tmp_path/'dense'/'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match=f'has no tensor {lost}'): prune(tmp_path/'dense', windows(m), 'reap', .1, run=Run(out=str(tmp_path/'small')))
+    with pytest.raises(ValueError, match=f'has no tensor .*experts.3.*belongs to another model'): prune(tmp_path/'dense', windows(m), 'reap', .1, run=Run(out=str(tmp_path/'small')))
 
 
 @pytest.mark.parametrize('place', ['one', 'visited'])
