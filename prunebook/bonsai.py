@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from . import estimate as est
 from .couplings import UNITS, OwnConfig, anatomy, couplings, set_attribute, slice_units, weight_of
 from .methods import Method, Needs, setting
-from .models import decoder_linears, n_parameters
+from .models import decoder_weights, n_parameters
 from .plan import REMEDIES, bundles, check_numbers, global_steps, keep_after, uniform_steps
 from .progress import _EvaluationLog
 from .stream import run_key
@@ -578,7 +578,7 @@ class _Place:
     def __post_init__(self):
         self.total = self.linears()                        # as it is at the beginning
 
-    def linears(self): return n_parameters(decoder_linears(self.model).values())             # parameters now
+    def linears(self): return n_parameters(decoder_weights(self.model).values())             # parameters now
 
 @patch
 def _evaluate(self:Bonsai, place, entry, share):

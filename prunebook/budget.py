@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .couplings import anatomy, slice_coupling
 from .evaluate import _timed
 from .methods import check_setting, setting
-from .models import blocks, decoder_linears, n_parameters
+from .models import blocks, decoder_linears, decoder_weights, n_parameters
 from .plan import check_multiples, check_sparsity, keep_after, least_left, most_removable, rungs, uniform_steps
 from .walk import record_calls, replaced
 
@@ -68,7 +68,7 @@ def size_in(
 @patch
 def _share_of_size(self:Budget, model, table, total):
     "The sparsity at which a model has the size asked for. Raises `ValueError`, with what is reachable."
-    linears = decoder_linears(model).values()
+    linears = decoder_weights(model).values()
     size, inside = size_in([model], self.unit), size_in(linears, self.unit)
     if self.asked > size:
         raise ValueError(f'{self.unit} is {self.asked:,.0f}, but the model has {size:,} only.')
@@ -205,7 +205,7 @@ def share(self:Budget,
     method, # the `Method` that will prune it
 ):
     "The sparsity that meets the budget. Raises `ValueError`, with what is reachable, if none does."
-    table, total = method.table(model), n_parameters(decoder_linears(model).values())
+    table, total = method.table(model), n_parameters(decoder_weights(model).values())
     check_multiples(table)
     share = self.sparsity
     if self.unit in ('parameters', 'bytes'): share = self._share_of_size(model, table, total)

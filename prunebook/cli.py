@@ -450,8 +450,8 @@ def cmd_eval(
 def _anatomy_record(net):
     "Sizes of a model, and its kinds of units, as plain values."
     from prunebook.couplings import anatomy, couplings, kinds_of
-    from prunebook.models import decoder_linears, n_parameters, text_config
-    shapes, total = anatomy(net), n_parameters(decoder_linears(net).values())
+    from prunebook.models import decoder_weights, n_parameters, text_config
+    shapes, total = anatomy(net), n_parameters(decoder_weights(net).values())
     b, r = shapes[0], {}
     for kind in kinds_of(net):
         table = couplings(net, kind)

@@ -8,10 +8,11 @@ __all__ = ['random_kept', 'combinations', 'check_tables', 'padded_logits', 'chec
 
 # %% ../nbs/64_conform.ipynb #8013c1b3
 import copy, tempfile
+from itertools import combinations as combinations_of
 import torch
 from .couplings import anatomy, check_kept, coupling_of, couplings, kinds_of, masked
-from .couplings import slice_coupling, weight_of, UNITS
-from .models import decoder_linears, n_parameters, text_config
+from .couplings import PARTS, slice_coupling, weight_of, UNITS
+from .models import n_parameters, text_config
 from .text import random_tokens
 from .walk import walk
 
@@ -26,7 +27,7 @@ def random_kept(
     gen, kept = torch.Generator().manual_seed(seed), {}
     for c in couplings(model, kinds):
         size = c.n_units//c.groups
-        stay = max(1, round(size*share))
+        stay = max(1, c.least, round(size*share))
         if c.least == 0: stay = int(torch.rand(1, generator=gen).item() < share)*size          # a whole part, or none of it
         groups = [torch.randperm(size, generator=gen)[:stay].sort().values + j*size for j in range(c.groups)]
         kept[c.name] = torch.cat(groups).tolist()
@@ -37,8 +38,8 @@ def combinations(
     model, # a causal language model of `transformers`
 ):
     "Tuples of kinds of units that can leave a model at the same time."
-    found = {part: [k for k in kinds_of(model) if UNITS[k].part == part] for part in ('attention', 'mlp')}
-    pairs = [(a, m) for a in found['attention'] for m in found['mlp']]
+    found = {part: [k for k in kinds_of(model) if UNITS[k].part == part] for part in PARTS}
+    pairs = [(a, b) for p, q in combinations_of(PARTS, 2) for a in found[p] for b in found[q]]
     return [*((k,) for k in kinds_of(model)), *pairs]
 
 # %% ../nbs/64_conform.ipynb #93b9a89d
@@ -56,7 +57,8 @@ def check_tables(
     shape, rows = lambda n: weight_of(model.get_submodule(n)).shape, {}
     for n, t in coupling.firsts: rows.setdefault(n, []).append(t)
     for n, tables in rows.items(): once(n, tables, shape(n)[0], False)
-    once(coupling.second[0], [coupling.second[1]], shape(coupling.second[0])[1], True)
+    columns = shape(coupling.second[0])[1] if coupling.unit.columns else coupling.n_units
+    once(coupling.second[0], [coupling.second[1]], columns, True)
 
 # %% ../nbs/64_conform.ipynb #26824a69
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .couplings import anatomy, weight_of
 from .methods import Method, Needs, Run, as_method
-from .models import blocks, decoder_linears, n_parameters, text_config
+from .models import blocks, decoder_linears, decoder_weights, n_parameters, text_config
 from .plan import uniform_steps
 
 # %% ../nbs/09_estimate.ipynb #ca981d19
@@ -100,7 +100,7 @@ class Place:
 def _places(job):
     "Second linears in the order of the stream."
     table = {(c.layer, c.part): c for c in job.table}
-    steps = uniform_steps(job.table, job.sparsity, n_parameters(decoder_linears(job.model).values()))
+    steps = uniform_steps(job.table, job.sparsity, n_parameters(decoder_weights(job.model).values()))
     for b in anatomy(job.model):
         for part, f in ('attention', b.heads*b.value_dim), ('mlp', b.mlp_width):
             if not b.has(part): continue

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from .models import decoder_linears, n_parameters, text_config
+from .models import decoder_linears, decoder_weights, n_parameters, text_config
 from .text import _past
 
 # %% ../nbs/02_evaluate.ipynb #df4f0451
@@ -200,7 +200,7 @@ def measure(
     return dict(
         perplexity=perplexity(model, windows),
         parameters=n_parameters([model]),
-        linear_parameters=n_parameters(decoder_linears(model).values()),
+        linear_parameters=n_parameters(decoder_weights(model).values()),
         bytes=weight_bytes(model),
         speed=speed(model),
         sample=continuation(model, tokenizer, prompt, new),

@@ -65,6 +65,14 @@ def _check_linears(modules, linears):
             raise ValueError(f'the layout gives {name} as {spec}, which is no linear layer of this model')
 
 # %% ../nbs/62_load.ipynb #45e3de3e
+def _check_experts(modules, experts):
+    "Raises `ValueError` unless every entry is a mixture of the model, with a number of its experts."
+    for name, (router, n) in experts.items():
+        stacked = [len(p) for p in modules[name].parameters(recurse=False) if p.ndim == 3] if name in modules else []
+        beside = router in modules and router.rpartition('.')[0] == name.rpartition('.')[0]
+        if not (stacked and beside and _size(n) and 0 < n <= stacked[0]):
+            raise ValueError(f'the layout gives {name} as {n} experts behind {router}, which this model does not have')
+
 _GONE = ('attention', 'mlp', 'norm', 'block') # what can be gone
 
 def _check_layout(
@@ -85,6 +93,7 @@ def _check_layout(
         if not (name in modules and all(map(_linear, linears)) and all(map(_size, sizes))):
             raise ValueError(f'the layout gives {values} as narrow values of {name}, '
                              'which this model does not have')
+    _check_experts(modules, layout.get('experts', {}))
     for name, kind in layout.get('gone', {}).items():
         types = {k: type(v) for k, v in kind.items()} if isinstance(kind, dict) else None
         if name not in modules or types != dict(part=str, pair=bool, place=int) or kind['part'] not in _GONE:

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from transformers.pytorch_utils import Conv1D
 from .couplings import UNITS, anatomy, couplings, family_of
-from .models import blocks, check_writable, decoder_linears, text_config
+from .models import blocks, check_writable, decoder_weights, text_config
 from .plan import check_type, uniform_steps
 from .repair import Ridge, damp_for
 from .text import self_generated
@@ -133,8 +133,8 @@ class Needs:
 METHODS = {} # method classes by name, filled as their modules are imported
 _BASELINES = dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores')
 _CHAPTERS = {name: f'prunebook.{name}' for name in ('fasp', 'depth2', 'bonsai', 'surgeon', 'recipe')}
-_PARTS = dict.fromkeys(('block_influence', 'removal'), 'prunebook.depth') # they remove whole parts
-MODULES = _BASELINES | _CHAPTERS | _PARTS # where the methods of this package live
+_WHOLE = dict(block_influence='prunebook.depth', removal='prunebook.depth', reap='prunebook.experts') # they remove whole parts
+MODULES = _BASELINES | _CHAPTERS | _WHOLE # where the methods of this package live
 
 @dataclass
 class Method:
@@ -150,6 +150,7 @@ class Method:
 
     name = None # what the method is called
     reads_text = True # whether its score looks at inputs
+    whole = False # whether it can score units that are no columns of a second linear, such as experts
     PUBLISHED = {} # settings of its published forms, by name of the preset
 
     @property
@@ -203,7 +204,7 @@ def _means(which, layer, module):
 
 def _without(table, keep, model):
     "Couplings that nothing in `keep` means. Raises `ValueError` for what means no module, and if none is left."
-    modules = [(b.layer, n) for b in anatomy(model) for n in decoder_linears(model) if n.startswith(f'{b.name}.')]
+    modules = [(b.layer, n) for b in anatomy(model) for n in decoder_weights(model) if n.startswith(f'{b.name}.')]
     for k in keep:
         if not any(_means(k, *m) for m in modules):
             raise ValueError(f'keep names {k!r}, which is in no block; it names blocks by their numbers, '
@@ -228,6 +229,16 @@ def settings(self:Method):
     values = {f.name: getattr(self, f.name) for f in fields(self)}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+def _check_whole(method, table):
+    "Raises `ValueError` for units that are no columns of a second linear, where the method needs those."
+    kind = next((c.kind for c in table if not c.unit.columns), None)
+    if kind is None: return
+    if not method.whole:
+        raise ValueError(f'{method.name} scores columns of second linears, and {kind} is none; '
+                         'choose reap or random for it, and prune the rest in a run of its own.')
+    if method.restore or method.needs.text:
+        raise ValueError(f'Units of kind {kind} are removed without a new fit; set restore to False.')
+
 @patch
 def table(self:Method,
     model, # a causal language model
@@ -238,6 +249,7 @@ def table(self:Method,
     n = len(anatomy(model))
     if first + last >= n: raise ValueError(f'spare {(first, last)} leaves none of the {n} blocks to prune.')
     every = couplings(model, self.units if units is None else units)
+    _check_whole(self, every)
     if self.keep: every = _without(every, self.keep, model)
     return [replace(c, multiple=self.multiple_of(c.unit)) for c in every if first <= c.layer < n - last]
 

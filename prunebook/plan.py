@@ -66,7 +66,7 @@ def rungs(
 ):
     "How many bundles may leave, ascending: none, or so many that a multiple of `coupling.multiple` stays; all where `coupling.least` is 0."
     n, m = coupling.n_units//coupling.groups, coupling.multiple
-    return [0, *range(n - (n - 1)//m*m, n, m), *[n]*(coupling.least == 0)]
+    return [0, *range(n - (n - 1)//m*m, n - max(1, coupling.least) + 1, m), *[n]*(coupling.least == 0)]
 
 # %% ../nbs/04_plan.ipynb #w04a0005
 def check_multiples(
@@ -93,6 +93,7 @@ def least_left(
 ):
     "What stays at the last rungs, in words."
     if all(c.least == 0 for c in table): return 'nothing'
+    if any(c.least > 1 for c in table): return 'the smallest number that can'
     return 'one unit' if all(c.multiple == 1 for c in table) else 'the smallest multiple'
 
 # %% ../nbs/04_plan.ipynb #31fd48b1
@@ -152,7 +153,7 @@ def uniform_steps(
     check_sparsity(sparsity, table, total)
     needed = sparsity*total
     if not needed: return {c.name: 0 for c in table}
-    mlp, attention = ([c for c in table if c.part == part] for part in ('mlp', 'attention'))
+    mlp, attention = ([c for c in table if (c.part == 'attention') is a] for a in (False, True))
     if not (mlp and attention): return _share_out(table, needed)
     share = needed/sum(c.cost*c.n_units for c in table)
     steps = {c.name: _nearest(c, share) for c in attention}
@@ -210,7 +211,7 @@ def _tensor_sums(
 _LABELS = set( # entries of a configuration that change nothing in the logits
     '_name_or_path _model_name_or_path transformers_version architectures auto_map dtype torch_dtype pruned '
     'use_cache id2label label2id bos_token_id eos_token_id pad_token_id initializer_range init_std '
-    'return_dict'.split())
+    'return_dict num_experts num_local_experts n_routed_experts moe_num_experts'.split()) # the last are in the shapes
 
 def _settings_of(
     model, # a causal language model

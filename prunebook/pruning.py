@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from .budget import Budget
 from .couplings import anatomy, couplings, slice_units
 from .methods import Run, as_method, check_prunable
-from .models import atomic_folder, check_finite, decoder_linears, is_complete, n_parameters
+from .models import atomic_folder, check_finite, decoder_weights, is_complete, n_parameters
 from .models import reserved_folder, text_config, write_manifest
 from .plan import PrunePlan, model_fingerprint, write_atomic
 from .save import fits_stock_class, name_classes, saved_config
@@ -58,7 +58,7 @@ def _prune_model(model, calibration, method, budget, inplace, run):
     if run.out is not None or run.resume:
         raise ValueError('out and resume belong to a source that is a folder; save a pruned model with save_pruned.')
     check_prunable(model)
-    total = n_parameters(decoder_linears(model).values())
+    total = n_parameters(decoder_weights(model).values())
     if calibration is not None: calibration.check(model)
     check_finite(model)
     sparsity = budget.share(model, method)
@@ -321,7 +321,7 @@ def _untouched(source, units):
 
 def _stream_into(source, calibration, method, budget, run):
     "Prune a checkpoint into files beside the output; the plan."
-    total = n_parameters(decoder_linears(source.model).values())
+    total = n_parameters(decoder_weights(source.model).values())
     sparsity = budget.share(source.model, method)
     method.check_text(method.table(source.model), calibration)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}

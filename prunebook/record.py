@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .evaluate import Perplexity, continuation, loss_difference, peak_memory, speed, weight_bytes, window_losses
-from .models import decoder_linears, n_parameters
+from .models import decoder_weights, n_parameters
 from .plan import _versions, model_fingerprint
 from .save import fits_stock_class
 from .tasks import score_difference, zero_shot
@@ -101,7 +101,7 @@ class State:
         limit=None, # questions of each task; all by default
     ):
         "Measure a model."
-        linear = n_parameters(decoder_linears(model).values())
+        linear = n_parameters(decoder_weights(model).values())
         found = {t: quality(model, tokenizer, w) for t, w in texts.items()}
         right = zero_shot(model, tokenizer, tasks, limit) if tasks else {}
         sizes = n_parameters([model]), linear, weight_bytes(model)

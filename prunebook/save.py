@@ -18,6 +18,7 @@ from .couplings import _empty_narrow, narrow_class, takes_narrow
 from .couplings import pad_heads, set_attribute, unpad_heads
 from .gone import Gone, gone_class, take_away, _empty_gone
 from .evaluate import weight_bytes
+from .experts import keep_experts
 from .models import MANIFEST, atomic_folder, cache_dir, decoder_linears, default_device
 from .models import auto_classes, leftovers, readable, reserved, write_manifest
 from .plan import PrunePlan
@@ -30,7 +31,10 @@ def _narrow_config(
     cfg = copy.deepcopy(model.config)
     for key in ('pruned', 'auto_map'): cfg.__dict__.pop(key, None)                # of the folder it came from
     text = cfg.get_text_config(decoder=True)
-    b = anatomy(model)[0]
+    shapes = anatomy(model)
+    if mixture := next((b for b in shapes if b.n_experts), None):
+        setattr(text, mixture.family.n_experts, mixture.n_experts)
+    b = shapes[0]
     family = b.family
     if family.mlp_width: setattr(text, family.mlp_width, b.mlp_width)
     if family.heads:
@@ -68,13 +72,16 @@ def _spec(module):
 def layout(
     model, # a pruned causal language model
 ):
-    "What a loader must know beyond the configuration: dict of `linears`, `attributes`, narrow `values`, and modules that are `gone`."
+    "What a loader must know beyond the configuration: dict of `linears`, `attributes`, narrow `values`, `experts`, and modules that are `gone`."
     linears = {n: _spec(m) for n, m in decoder_linears(model).items()}
     attentions = {b.path(b.family.attention): b for b in anatomy(model)}
     attributes = {n: {a: f(b) for a, f in b.family.attributes} for n, b in attentions.items() if b.has('attention')}
     values = {n: m.narrow for n in attentions if hasattr(m := model.get_submodule(n), 'narrow')}
     gone = {n: m.gone for n, m in model.named_modules() if hasattr(m, 'gone')}
-    return dict(linears=linears, attributes=attributes, values=values, **dict(gone=gone) if gone else {})
+    mixtures = [b for b in anatomy(model) if b.n_experts]
+    experts = {b.path(b.family.experts): [b.path(b.family.router), b.n_experts] for b in mixtures}
+    rare = {k: v for k, v in dict(gone=gone, experts=experts).items() if v}
+    return dict(linears=linears, attributes=attributes, values=values, **rare)
 
 # %% ../nbs/60_save.ipynb #24540d44
 def _give_layout(
@@ -95,6 +102,8 @@ def _give_layout(
     for name, values in layout['attributes'].items():
         for key, value in values.items(): set_attribute(model.get_submodule(inner(name)), key, value)
     for name, values in layout['values'].items(): narrow_values(model.get_submodule(inner(name)), **values)
+    for name, (router, n) in layout.get('experts', {}).items():
+        keep_experts(model.get_submodule(inner(name)), model.get_submodule(inner(router)), range(n))
     for name, kind in layout.get('gone', {}).items(): take_away(model.get_submodule(inner(name)), **kind)
 
 # %% ../nbs/60_save.ipynb #6b213178
@@ -165,7 +174,7 @@ Pruned{headless} = pruned_class({headless})
 
 # %% ../nbs/60_save.ipynb #2428fb79
 _PARTS = (Gone, gone_class, _empty_gone, take_away, pad_heads, unpad_heads, FullHeads, NarrowCache, takes_narrow, NarrowValues, narrow_class, _empty_narrow,
-          narrow_values, OwnConfig, set_attribute, _give_layout, check_loaded, pruned_class) # what it holds
+          narrow_values, OwnConfig, set_attribute, keep_experts, _give_layout, check_loaded, pruned_class) # what it holds
 
 def _modeling_source(
     model, # a pruned causal language model

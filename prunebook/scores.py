@@ -29,6 +29,7 @@ class Random(Method):
     "Remove units drawn at random: what a score has to beat."
     name = 'random'
     reads_text = False
+    whole = True
     seed: int = 0 # of the draw
 
     def prepare(self, ctx):

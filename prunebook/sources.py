@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 from .couplings import anatomy
 from .models import auto_classes, blocks
 
@@ -227,15 +227,38 @@ def _renamed(
     new = lambda name: rename_source_key(name, changes, [], model.base_model_prefix, own)[0]
     return {new(n): n for n in names if n not in own} if changes else {}
 
+def _stacked(
+    model, # skeleton of a model
+    names, # names of the tensors of its checkpoint
+    renamed, # what it calls those that are renamed, from `_renamed`
+):
+    "Tensors of single experts that `transformers` stacks when it loads them: lists of names for each tensor."
+    stacks = lambda t: isinstance(t, WeightConverter) and isinstance(t.operations[0], MergeModulelist)
+    plain = lambda t: all(isinstance(o, (MergeModulelist, Concatenate)) for o in t.operations)
+    found, missing = {}, [(n, t) for n, t in model.state_dict().items() if n not in names]
+    for change in filter(stacks, get_model_conversion_mapping(model)):
+        end = change.target_patterns[0]
+        for n, t in missing if plain(change) else ():
+            if not n.endswith(end): continue
+            one = lambda pattern, e: n.removesuffix(end) + pattern.replace('*', str(e))
+            every = [[one(p, e) for e in range(len(t))] for p in change.source_patterns]
+            found[n] = [[renamed.get(s, s) for s in part] for part in every]
+    return found
+
+def _single(saved):
+    "The names in the checkpoint, of one tensor or of many that are stacked."
+    return [saved] if isinstance(saved, str) else [n for part in saved for n in part]
+
 def _saved_names(
     model, # skeleton of a model
     names, # names of the tensors of its checkpoint
 ):
     "What the checkpoint calls each tensor of the model: one of the body alone leaves the first part out."
     renamed, body = _renamed(model, names), model.base_model_prefix + '.'
+    stacked = _stacked(model, names, renamed)
     whole = any(n.startswith(body) for n in names)
     inside = lambda n: n if whole else n.removeprefix(body)
-    return {n: renamed.get(n) or inside(n) for n in model.state_dict()}
+    return {n: stacked.get(n) or renamed.get(n) or inside(n) for n in model.state_dict()}
 
 # %% ../nbs/05a_sources.ipynb #37c85a8e
 def _check_names(
@@ -245,13 +268,13 @@ def _check_names(
 ):
     "Raises `ValueError` for a tensor that is missing, or that has no place in the model."
     tied = model.all_tied_weights_keys                     # the other name of each tied tensor
-    if lost := [s for n, s in saved.items() if n not in tied and s not in files]:
-        if 'experts' in lost[0]:
-            raise ValueError(f'The checkpoint keeps every expert on its own, and the model has {lost[0]}; '
-                             'such a model cannot be streamed yet, prune it in memory.')
+    if lost := [s for n, every in saved.items() if n not in tied for s in _single(every) if s not in files]:
+        if 'experts' in lost[0] and lost[0] in saved:
+            raise ValueError(f'The model stacks its experts in {lost[0]}, and it is not known how the checkpoint '
+                             'keeps them; prune it in memory.')
         raise ValueError(f'The checkpoint has no tensor {lost[0]}; it belongs to another model.')
     computed = [*(model._keys_to_ignore_on_load_unexpected or ()), r'rotary_emb\.inv_freq']
-    known = {*saved.values()}
+    known = {s for every in saved.values() for s in _single(every)}
     surplus = [n for n in files if not any(re.search(c, n) for c in computed)]
     if other := [n for n in surplus if n not in known]:
         raise ValueError(f'The checkpoint has {other[0]}, for which the model has no place; '
@@ -298,8 +321,10 @@ class OnDisk:
     def read(self,
         name, # name of a tensor of the model
     ):
-        "A tensor of the checkpoint, mapped from its file."
-        return read_tensor(self.files, self.saved[name])
+        "A tensor of the checkpoint, mapped from its file; of experts that lie there one by one, a stack."
+        saved, read = self.saved[name], lambda s: read_tensor(self.files, s)
+        if isinstance(saved, str): return read(saved)
+        return torch.cat([torch.stack([read(s) for s in part]) for part in saved], 1)
 
     def kept_name(self,
         name, # name of a tensor of the model

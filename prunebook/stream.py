@@ -16,7 +16,7 @@ from torch import distributed, nn
 from transformers.pytorch_utils import Conv1D
 from .couplings import Coupling, anatomy, check_kept, slice_coupling, weight_of
 from .methods import Method, Needs, Run
-from .models import decoder_linears, n_parameters, text_config
+from .models import decoder_weights, n_parameters, text_config
 from .plan import keep_after, model_fingerprint
 from .repair import as_double
 from .sources import InMemory, as_source
@@ -106,9 +106,12 @@ def give_weight(
 @patch
 def cut(self:Visit,
     kept, # indices of the units that stay
-    weight, # new weight of the columns that stay, (d, m)
+    weight, # new weight of the columns that stay, (d, m); None for units that are no columns
 ):
     "Slice the coupling, and write the new weight; the stream goes on from what is left."
+    if weight is None:
+        slice_coupling(self.model, self.coupling, check_kept(self.coupling, kept))
+        return
     if self.coupling is None or len(kept) == self.coupling.n_units:
         return give_weight(self.model, self.second, weight)
     keep = self.columns(kept)
@@ -226,7 +229,7 @@ class Context:
     def tokens(self): return self.windows.ids.numel()
     @property
     def processes(self): return processes() if self.source.shares else (0, 1)                # number of this one, and how many share the work
-    def linears(self): return n_parameters(decoder_linears(self.model).values())             # parameters of the decoder blocks' linears now
+    def linears(self): return n_parameters(decoder_weights(self.model).values())             # parameters that sparsity is counted in, now
 
 # %% ../nbs/07_stream.ipynb #ef2520ff
 def run_key(
@@ -338,6 +341,7 @@ def _decide(method, v, kept, scores, everywhere):
         kept[name] = keep_after(v.coupling, scores[name], v.leaving)
     else: kept[name] = given[name]
     if not kept[name]: v.cut([], v.weight[:, :0])          # the whole part goes
+    elif not v.coupling.unit.columns: v.cut(kept[name], None)
     elif v.leaving or everywhere: v.cut(kept[name], _agreed(v, method.repair(v, v.columns(kept[name]))))
 
 def _agreed(v, x):

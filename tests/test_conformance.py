@@ -8,7 +8,7 @@ import torch
 from prunebook.conform import check_method, check_streamed, check_walk, check_writes, combinations, conforms, padded_logits, random_kept
 from prunebook.couplings import FAMILIES, UNITS, Family, Interleaved, MLPChannel, OwnConfig, Stacked, Unit, anatomy, couplings, kinds_of, slice_units
 from prunebook.methods import MODULES, configured
-from prunebook.models import TINY, TINY_MORE
+from prunebook.models import TINY, TINY_MORE, decoder_linears, decoder_weights, n_parameters
 from prunebook.save import fits_stock_class, load_pruned, save_pruned
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -28,9 +28,9 @@ MODELS = {                                                 # family: its configu
 ROWS = [(family, variant) for family, (_, variants) in MODELS.items() for variant in range(len(variants))]
 PLAIN = [(f, 1 if f in GROUPED else 0) for f in MODELS]                                          # one variant of each, with grouped queries if it can
 MATRICES = [p for p in PLAIN if p[0] in (*TINY, 'phi3', 'gpt_neox')]                             # every way in which matrices lie
-HEADS_STAY = {'olmo2', 'olmo3', 'bloom', 'mpt', 'gpt_oss'}
-ONLY_ATTENTION = {'mixtral', 'gpt_oss'}
-EXPERTS = ['mixtral', 'qwen2_moe', 'qwen3_moe']            # whose checkpoints keep every expert on its own
+HEADS_STAY = {'olmo2', 'olmo3', 'olmoe', 'bloom', 'mpt', 'gpt_oss'}
+ONLY_ATTENTION = {'mixtral', 'olmoe', 'gpt_oss'}           # besides experts
+MIXTURES = ['mixtral', 'olmoe', 'qwen2_moe', 'qwen3_moe', 'glm4_moe', 'ernie4_5_moe', 'gpt_oss']
 # families whose blocks are built in a way of their own: norms or a gate behind, tuples, residuals inside, experts, ALiBi, sinks
 UNLIKE = ['gemma2', 'olmo2', 'falcon', 'bloom', 'mpt', 'gpt_neo', 'gpt_bigcode', 'glm4', 'mixtral', 'qwen2_moe', 'gpt_oss']
 
@@ -78,11 +78,12 @@ def test_conformance(family, variant):
         conforms(model, kinds, save=kinds in saved)
         tried |= set(kinds)
     grouped, config = any(b.heads > b.kv_heads for b in anatomy(model)), model.config
-    stay = family in HEADS_STAY or any(getattr(config, n, False) is True for n in ('alibi', 'use_qk_norm', 'qk_layernorm') if family != 'persimmon')
+    stay = family in HEADS_STAY or any(getattr(config, n, False) is True for n in ('alibi', 'use_qk_norm', 'qk_layernorm') if family not in ('persimmon', 'glm4_moe'))
     heads = set() if stay else {'kv_group', *['query_head']*grouped}
-    assert tried == heads | {'value_channel', 'mlp_channel'} - ({'mlp_channel'} if family in ONLY_ATTENTION else set())     # no family has less than it could have
+    assert tried == heads | {'value_channel', 'mlp_channel', 'expert'} - ({'mlp_channel'} if family in ONLY_ATTENTION else set()) - (set() if family in MIXTURES else {'expert'})     # no family has less than it could have
 
 
+def some(model): return .2*n_parameters(decoder_linears(model).values())/n_parameters(decoder_weights(model).values())       # a fifth of what is no expert
 def units_of(model): return tuple(k for k in ('value_channel', 'mlp_channel') if k in kinds_of(model))
 
 
@@ -94,25 +95,22 @@ def test_a_walk_sees_what_the_model_computes(family, variant): check_walk(build(
 def test_a_pruned_model_of_every_family_writes(family):
     model = build(family)
     check_writes(model)
-    check_writes(check_method(model, configured('recipe', dict(units=units_of(model)))))
+    check_writes(check_method(model, configured('recipe', dict(units=units_of(model))), some(model)))
 
 
-@pytest.mark.parametrize('method', [n for n in MODULES if n not in ('block_influence', 'removal')])   # those: test_depth
+WHOLE = ('block_influence', 'removal', 'reap')               # those have tests of their own: test_depth, test_experts
+
+@pytest.mark.parametrize('method', [n for n in MODULES if n not in WHOLE])
 @pytest.mark.parametrize('family', UNLIKE)
 def test_every_method_on_families_that_are_unlike_the_others(family, method):
     model, quick = build(family), dict(bonsai=dict(evaluations=8, seqlen=12), surgeon=dict(shots=2)).get(method, {})
-    check_method(model, configured(method, dict(quick, units=units_of(model))))
+    check_method(model, configured(method, dict(quick, units=units_of(model))), some(model))
 
 
-@pytest.mark.parametrize('family', [*(f for f in UNLIKE if f not in EXPERTS), 'gpt_neox', 'xglm', 'persimmon', 'phi3', 'exaone4'])
+@pytest.mark.parametrize('family', [*UNLIKE, 'gpt_neox', 'xglm', 'persimmon', 'phi3', 'exaone4'])
 def test_a_checkpoint_on_disk_gives_the_same(family):
     model = build(family)
-    check_streamed(model, configured('fasp', dict(units=units_of(model))))
-
-
-@pytest.mark.parametrize('family', EXPERTS)
-def test_experts_cannot_be_streamed_yet(family):
-    with pytest.raises(ValueError, match='keeps every expert on its own.*prune it in memory'): check_streamed(build(family), configured('fasp', dict(units=('value_channel',))))
+    check_streamed(model, configured('fasp', dict(units=units_of(model))), some(model))
 
 
 @pytest.mark.parametrize('family', ['gemma2', 'llama', 'cohere2', 'phi3', 'gpt_neox'])
@@ -193,7 +191,7 @@ def test_heads_may_stay_for_a_setting(family, config):
 def test_a_model_without_an_mlp_of_linears():
     model = build('mixtral')
     with pytest.raises(ValueError, match='no MLP of linear layers.*mlp_channel cannot be cut.*value_channel'): couplings(model, ('value_channel', 'mlp_channel'))
-    assert {c.part for c in couplings(model, 'kv_group')} == {'attention'}
+    assert {c.part for c in couplings(model, 'kv_group')} == {'attention'} and {c.part for c in couplings(model, 'expert')} == {'experts'}
 
 
 @pytest.mark.parametrize('family,width', [('qwen2_moe', [37, 37, 37]), ('qwen3_moe', [37, 0, 0])])
@@ -203,10 +201,10 @@ def test_blocks_with_and_without_experts(family, width):
     assert [c.layer for c in couplings(model, 'mlp_channel')] == [i for i, f in enumerate(width) if f]
 
 
-@pytest.mark.parametrize('family', ['mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt_oss'])
+@pytest.mark.parametrize('family', MIXTURES)
 def test_experts_and_routers_stay_bit_for_bit(family):
     model = build(family)
-    small = check_method(model, configured('recipe', dict(units=units_of(model))))
+    small = check_method(model, configured('recipe', dict(units=units_of(model))), some(model))
     before, after = model.state_dict(), small.state_dict()
     own = [n for n in before if '.experts.' in n or '.gate.' in n or '.router.' in n]
     assert own and all(torch.equal(before[n], after[n]) for n in own)

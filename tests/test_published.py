@@ -18,7 +18,7 @@ from prunebook.record import Record
 from prunebook.text import random_tokens
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-OWN = ('random', 'magnitude', 'recipe')                    # baselines without a paper, and this book's own
+OWN = ('random', 'magnitude', 'recipe', 'reap')            # baselines without a paper, this book's own, and one whose default is the published form
 PUBLISHED = [n for n in MODULES if n not in OWN]
 FORMS = [(n, p) for n in PUBLISHED for p in as_method(n).PUBLISHED]
 SMALL = dict(surgeon=dict(shots=2), bonsai=dict(evaluations=8, windows=2, estimator='levels'), taylor=dict(spare=[1, 1]), depth2=dict(spare=[0, 0]))  # for three blocks
