@@ -309,7 +309,6 @@ class OnDisk:
         dtype=None, # a torch dtype; that of the configuration by default
         device=None, # where blocks are open; the CPU by default
     ):
-        _return_large()
         self.folder, self.out, self.device = Path(folder), out and Path(out), torch.device(device or 'cpu')
         self.files, self.model = tensor_files(folder), skeleton(folder, dtype)
         self.prefix = blocks(self.model)[0] + '.'
@@ -405,6 +404,7 @@ def open(self:OnDisk,
     block, # a `Block` of the model
 ):
     "The block with its weights."
+    _return_large()
     _give_back()
     return fill(self.model.get_submodule(block.name), f'{block.name}.', self.read, self.device)
 
