@@ -12,7 +12,7 @@ from itertools import combinations as combinations_of
 import torch
 from .couplings import anatomy, check_kept, coupling_of, couplings, kinds_of, masked
 from .couplings import PARTS, slice_coupling, weight_of, UNITS
-from .models import n_parameters, text_config
+from .models import decoder_weights, n_parameters, text_config
 from .text import random_tokens
 from .walk import walk
 
@@ -209,7 +209,7 @@ def conforms(
     for c in table: check_tables(dense, c)
     left = [slice_coupling(small, c, check_kept(c, kept[c.name])) for c in table]
     found = check_function(dense, small, kept)
-    gone = n_parameters(decoder_linears(dense).values()) - n_parameters(decoder_linears(small).values())
+    gone = n_parameters(decoder_weights(dense).values()) - n_parameters(decoder_weights(small).values())
     cost = sum(c.freed(c.n_units - len(kept[c.name])) for c in table)
     if gone != cost:
         raise ValueError(f'{gone} parameters left with units of {" and ".join(kinds)} that cost {cost}.')

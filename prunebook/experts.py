@@ -18,6 +18,7 @@ from . import estimate as est
 from .couplings import Unit, anatomy, couplings, masked
 from .evaluate import window_losses
 from .methods import Method
+from .models import text_config
 from .plan import check_numbers, global_steps, uniform_steps
 from .walk import replaced, walk
 
@@ -80,6 +81,8 @@ class Expert(Unit):
 
     def cost(self, model, b):
         "Parameters that leave with one expert."
+        if (getattr(text_config(model), 'n_group', 1) or 1) > 1:
+            raise ValueError('n_group is above 1: the router keeps its experts in groups, and prunebook cannot remove any.')
         modules = (model.get_submodule(b.path(p)) for p in (b.family.experts, b.family.router))
         return sum(p.numel() for m in modules for p in m.parameters() if b.n_experts in p.shape)//b.n_experts
 

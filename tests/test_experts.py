@@ -286,3 +286,9 @@ def test_the_command_line(settings, tmp_path, tiny_tokenizer, capsys):
     assert sum(b.n_experts for b in anatomy(small)) < 18
     assert len({b.n_experts for b in anatomy(small)}) == 1 or 'false' in settings
     assert main(['verify', str(tmp_path/'small')]) == 0
+
+
+def test_experts_in_groups_are_refused():
+    model = build('glm4_moe')
+    model.config.n_group = 2
+    with pytest.raises(ValueError, match='n_group is above 1'): prune(model, random_tokens(model, n=4, seqlen=8), 'reap', .2)
