@@ -26,7 +26,7 @@ def stranger(kind, **kw):
 def test_what_people_wrote_down_is_found(family, monkeypatch):
     "With the adapter that is proposed for a family that was forgotten, the same kinds of units conform; its lines can be pasted."
     model, known = tiny_model(family), FAMILIES[family]
-    expected = kinds_of(model)
+    expected = [k for k in kinds_of(model) if k != 'expert']      # routers are not looked for
     monkeypatch.delitem(FAMILIES, family)
     p = propose(model)
     assert family not in FAMILIES                          # nothing is left in the table
