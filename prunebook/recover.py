@@ -70,8 +70,8 @@ class Recovery:
     rank: int = setting(16, least=1) # of a LoRA update
     alpha: float | None = setting(None, least=0) # an update is multiplied by alpha/rank; twice the rank by default
     dropout: float = setting(0., least=0, below=1) # of the inputs of a LoRA update
-    learning_rate: float = setting(1e-3, least=0) # at its highest, after the warm-up
-    warmup: float = setting(.05, least=0, most=1) # share of the steps in which the rate rises
+    learning_rate: float = setting(3e-4, least=0) # at its highest, after the warm-up; for all weights a tenth of it is enough
+    warmup: float = setting(.1, least=0, most=1) # share of the steps in which the rate rises
     schedule: Literal['cosine', 'linear', 'constant_with_warmup'] = 'cosine' # after it, as `transformers` names them
     decay: float = setting(0., least=0) # weight decay of AdamW
     clip: float = setting(1., least=0) # largest norm of the gradient of a step

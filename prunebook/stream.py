@@ -128,9 +128,10 @@ def cross_gram(
     "Sum of x yᵀ over all tokens, float32, (m, k)."
     total = 0
     for x, y in zip(X, Y):
-        x, y = x.flatten(0, -2), y.flatten(0, -2).float()
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        right = y.float()
         size = x.shape[-1] if x.dtype == torch.float32 else 1024   # columns that are converted at a time
-        with fast_products(x): total += torch.cat([p.float().T @ y for p in x.split(size, 1)])
+        with fast_products(x, y): total += torch.cat([p.float().T @ right for p in x.split(size, 1)])
     return total
 
 @patch

@@ -16,6 +16,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
+from .models import default_dtype
 from .couplings import anatomy, check_kept, family_of, slice_coupling, weight_of, Block
 from .plan import check_numbers
 from .sources import as_source
@@ -311,16 +312,25 @@ def cut(
     stage.keep = keep
 
 # %% ../nbs/05_walk.ipynb #sc05co02
+def _fast_switch(device):
+    "The switch of float32 products on a device, its name, its fast value, and the types whose products it leaves exact."
+    if device.type != 'cpu':
+        switch, exact = torch.backends.cuda.matmul, {torch.bfloat16, torch.float16}
+        name, fast = ('fp32_precision', 'tf32') if hasattr(switch, 'fp32_precision') else ('allow_tf32', True)
+        return switch, name, fast, exact
+    if default_dtype('cpu') != torch.bfloat16 or not hasattr(torch.backends.mkldnn, 'matmul'): return None
+    return torch.backends.mkldnn.matmul, 'fp32_precision', 'bf16', {torch.bfloat16}
+
 @contextmanager
 def fast_products(
-    x, # what is multiplied; it is converted to float32 for that
+    *factors, # tensors that are multiplied with each other; they are converted to float32 for that
 ):
-    "Context manager in which float32 products run in TF32 on CUDA, if `x` holds 16 bit numbers: they are exact."
-    if x.dtype not in (torch.bfloat16, torch.float16) or x.device.type == 'cpu':
+    "Context manager in which float32 products run in TF32 on CUDA or bfloat16 on a CPU, where this is exact."
+    found = _fast_switch(factors[0].device)
+    if found is None or not {x.dtype for x in factors} <= found[-1]:
         yield
         return
-    switch = torch.backends.cuda.matmul
-    name, fast = ('fp32_precision', 'tf32') if hasattr(switch, 'fp32_precision') else ('allow_tf32', True)
+    switch, name, fast, _ = found
     before = getattr(switch, name)
     setattr(switch, name, fast)
     try: yield

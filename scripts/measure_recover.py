@@ -27,13 +27,13 @@ RESULTS = Path(__file__).resolve().parent.parent/'results'/'recover'
 TASKS = ('arc_easy', 'lambada_openai', 'openbook_qa', 'piqa', 'winogrande')
 SEQLEN = 512
 
-LORA = Recovery()
+LORA = Recovery(batch_size=4)                              # more steps in the same time
 FORMS = dict(                                              # what is trained, and on which text
     lora=(LORA, 'wikitext2'),
-    all=(replace(LORA, trains='all', learning_rate=1e-4), 'wikitext2'),
+    all=(replace(LORA, trains='all', learning_rate=5e-5), 'wikitext2'),
     labels=(replace(LORA, logits=0., labels=1.), 'wikitext2'),
     own=(LORA, 'self'),
-    blocks=(replace(LORA, trains='all', learning_rate=1e-4), 'wikitext2'),
+    blocks=(replace(LORA, trains='all', learning_rate=5e-5), 'wikitext2'),
     # as in the official code of Bonsai: LoRA of rank 128 on the labels, with a little distillation; here the head stays
     bonsai=(Recovery(labels=1., logits=.01, rank=128, alpha=512, dropout=.05, learning_rate=1e-4, batch_size=128, at_once=1, checkpointing=True), 'wikitext2'))
 
@@ -57,6 +57,7 @@ class Cell:
 
 EVERY = [Cell(m, s, 'lora', minutes, seed) for m in ('recipe', 'fasp') for s in (.2, .3, .5) for minutes in (5, 20, 60) for seed in (0, 1)]
 EVERY += [Cell('recipe', .3, form, minutes) for form in ('all', 'labels', 'own', 'blocks') for minutes in (20, 60)]
+EVERY += [Cell('recipe', s, 'all', minutes) for s in (.2, .5) for minutes in (20, 60)]
 # Bonsai's Phi-2 to under two billion parameters, on one card of 48 GB: 15,000 windows in steps of 128. Needs the weights.
 EVERY += [Cell('bonsai', .35, 'bonsai', model='microsoft/phi-2', steps=117)]
 CELLS = {c.name: c for c in EVERY}
@@ -110,10 +111,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='*', help='shell pattern of the names of cells')
     parser.add_argument('--work', default='_recover', type=Path, help='folder of pruned models and of interrupted runs')
+    parser.add_argument('--tasks', default=','.join(TASKS), help='names of zero-shot tasks, separated by commas; "" for none')
     parser.add_argument('--limit', type=int, help='questions of each task; all by default')
     parser.add_argument('--list', action='store_true', help='print the names of the cells, and which are finished')
     a = parser.parse_args()
-    tasks = [t for t in TASKS if task_file(t)]
+    tasks = [t for t in a.tasks.split(',') if t and task_file(t)]
     for name in fnmatch.filter(CELLS, a.only):
         file = RESULTS/f'{name}.json'
         if a.list: print(name, 'finished' if file.exists() else '')
