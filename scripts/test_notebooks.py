@@ -31,11 +31,16 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ('default', 'float32', 'bfloat16', 'gpu')
-SLOW = {'70_recipe': 240, '40_bonsai': 220, '30_depth2': 160, '52_surgeon': 150, '10_scores': 140, '20_fasp': 140}  # seconds, to start first
+SLOW = {'70_recipe': 157, '52_surgeon': 103, '40_bonsai': 89, '30_depth2': 85, '10_scores': 77, '99_cli': 71, '75_recover': 66,
+        '20_fasp': 63, '51_elements': 62, 'start': 58, '80_bench': 56, '15_repair': 51, 'howto_prune': 49, '07a_budget': 47,
+        '72_depth': 45, '02_evaluate': 38, '50_curvature': 34, 'lab_instructor': 31, 'howto_method': 30}   # seconds, to start first
 ENV = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', IN_TEST='1')  # nbdev: no exports from within a notebook
 
 
 # ---- which notebooks, and in which mode
+
+
+def slowest_first(path): return -SLOW.get(path.stem, 0), -path.stat().st_size, path
 
 
 def notebooks(folder, names):
@@ -44,8 +49,7 @@ def notebooks(folder, names):
     wanted = {Path(n).name.removesuffix('.ipynb') for n in names} or found.keys()
     unknown = wanted - found.keys()
     if unknown: sys.exit(f'no such notebook: {", ".join(sorted(unknown))}')
-    slow = lambda p: (SLOW.get(p.stem, 0), p.stat().st_size, p)
-    return [p for p in sorted((found[n] for n in wanted), key=slow, reverse=True) if code_cells(p)]
+    return [p for p in sorted((found[n] for n in wanted), key=slowest_first) if code_cells(p)]
 
 
 def code_cells(path):
@@ -68,8 +72,9 @@ def other_modes():
 
 
 def quarter_jobs(paths, modes, quarter):
-    "A quarter of the notebooks for each mode, another for each."
-    return [(p, m) for i, m in enumerate(modes) for p in paths[(quarter + i)%4::4]]
+    "A quarter of the notebooks for each mode, another for each; the slowest first."
+    jobs = [(p, m) for i, m in enumerate(modes) for p in paths[(quarter + i)%4::4]]
+    return sorted(jobs, key=lambda job: slowest_first(job[0]))
 
 
 # ---- one notebook
@@ -124,7 +129,7 @@ def arguments(argv):
     parser.add_argument('--mode', nargs='+', choices=MODES, default=['default'], help='run all of them in these modes')
     parser.add_argument('--others', action='store_true', help='and a quarter in each mode that is not this machine\'s own')
     parser.add_argument('--quarter', type=int, choices=range(4), help='which one; by the number of commits if not given')
-    parser.add_argument('--seconds', type=float, default=20, help='in a mode of --others, begin no cell after this time')
+    parser.add_argument('--seconds', type=float, default=10, help='in a mode of --others, begin no cell after this time')
     return parser.parse_args(argv)
 
 
