@@ -12,8 +12,8 @@ The time and the peak memory of each are printed, and a notebook passes in modes
 
 `--others` adds a quarter of the notebooks in each mode that is not this machine's own. Which quarter follows from the number
 of commits, so that four commits in a row cover all; it is printed, and `--quarter` chooses it. There, no new cell begins after
-`--seconds`, and it is said how far a notebook came. A notebook that starts processes of its own (80_bench, 99_cli) has them
-in the default mode.
+`--seconds`, one that still runs after three times as long is interrupted, and it is said how far a notebook came. A notebook
+that starts processes of its own (80_bench, 99_cli) has them in the default mode.
 
 As many notebooks run at the same time as there are cores (at most four), the slowest first, each on one thread: models as
 small as these gain next to nothing from a second.
@@ -104,19 +104,26 @@ def execute(path, mode, seconds=float('inf')):
     "Run a notebook; what there is to say of it: the error if one cell failed, how far it came in `seconds`, its peak memory."
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    start, cells = time.perf_counter(), code_cells(path)
+    cells = code_cells(path)
     folders = [str(ROOT/f) for f in ('', 'scripts', 'tests')]
     first = f"__import__('sys').path[:0] = {folders}; __import__('test_notebooks').enter({mode!r})"
     last = "print(__import__('prunebook.evaluate').evaluate._lifetime_mark()//2**20)"
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(first), *cells, nbformat.v4.new_code_cell(last)])
-    client = NotebookClient(nb, kernel_name='python3', timeout=None, startup_timeout=300, extra_arguments=['--log-level=ERROR'],
+    client = NotebookClient(nb, kernel_name='python3', interrupt_on_timeout=True, startup_timeout=300, extra_arguments=['--log-level=ERROR'],
                             resources=dict(metadata=dict(path=path.parent)))
     with client.setup_kernel(env={**os.environ, **ENV}):
+        start = time.perf_counter()
         for i, cell in enumerate(nb.cells[:-1]):
-            if i and time.perf_counter() - start > seconds: break
+            spent = time.perf_counter() - start
+            if i and spent > seconds: break
+            client.timeout = max(1, round(3*seconds - spent)) if i and seconds < float('inf') else None
             try: client.execute_cell(cell, i)
-            except (CellExecutionError, DeadKernelError) as e: return f'FAILED\n{e}'
+            except CellExecutionError as e:
+                if time.perf_counter() - start > 3*seconds: break          # it was interrupted
+                return f'FAILED\n{e}'
+            except DeadKernelError as e: return f'FAILED\n{e}'
         else: i = len(cells) + 1
+        client.timeout = None
         client.execute_cell(nb.cells[-1], len(cells) + 1)
     short = f', {i - 1} of {len(cells)} cells run in {seconds:.0f} s' if i <= len(cells) else ''
     return f'passed, {nb.cells[-1].outputs[0].text.strip()} MB{short}'
@@ -129,7 +136,7 @@ def arguments(argv):
     parser.add_argument('--mode', nargs='+', choices=MODES, default=['default'], help='run all of them in these modes')
     parser.add_argument('--others', action='store_true', help='and a quarter in each mode that is not this machine\'s own')
     parser.add_argument('--quarter', type=int, choices=range(4), help='which one; by the number of commits if not given')
-    parser.add_argument('--seconds', type=float, default=10, help='in a mode of --others, begin no cell after this time')
+    parser.add_argument('--seconds', type=float, default=10, help='in a mode of --others, begin no cell after this time, and end all after three times as long')
     return parser.parse_args(argv)
 
 
