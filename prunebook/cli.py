@@ -253,6 +253,7 @@ def _method(name, settings, multiple=None, keep=None, preset=None):
         raise ValueError(f'{min(twice)} is given twice, by --{min(twice)} and in --settings; give it once.')
     return configured(name, {**values, **given}, preset)
 
+# %% ../nbs/99_cli.ipynb #859e9eb0
 def _whole(word): return int(word)
 
 def _by_name(words, option, number):
