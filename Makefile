@@ -72,8 +72,8 @@ check-sync: $(VENV)/.ready-dev  ## is prunebook/ what the notebooks export, and 
 docs-check: $(VENV)/.ready-dev site-tools  ## the docs without Quarto: links, TeX, outputs, and every page in a browser
 	$(call say,Step docs-check: links and labels and citations and TeX and alt texts and saved outputs (1 min))
 	@$(PY) scripts/check_docs.py
-	$(call say,Step docs-check: every page in a browser; skipped without Chromium (3 min))
-	@SITE=_smoke $(PY) -m pytest tests/test_site.py -q -rs
+	$(call say,Step docs-check: every page in a browser; skipped without Chromium (2 min on two cores))
+	@SITE=_smoke $(PY) -m pytest tests/test_site.py -q -rs -n auto --dist worksteal
 
 site-tools:  ## axe-core and MathJax from npm for the browser checks, in .site-tools
 	@if [ -d .site-tools/node_modules/axe-core ] && [ -d .site-tools/node_modules/mathjax ]; then :; \

@@ -234,20 +234,26 @@ def _place(out, model, sparsity, device, dtype, force):
     except KeyboardInterrupt as e: raise type(e)(_left(out, before)) from None
 
 # %% ../nbs/99_cli.ipynb #572e15c9
+def _json_settings(words, example):
+    "Settings from JSON. Raises `ValueError` for words that are not a JSON object."
+    try: values = json.loads(words)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'--settings is not JSON ({e}); write it like \'{example}\'.') from e
+    if not isinstance(values, dict):
+        raise ValueError(f'--settings is JSON, but not an object; write it like \'{example}\'.')
+    return values
+
 def _method(name, settings, multiple=None, keep=None, preset=None):
     "A method by name, with settings from JSON and from options. Raises `ValueError` for settings that cannot be."
     from prunebook.methods import configured
-    try: values = json.loads(settings)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"damp": 0.1}}\'.') from e
-    if not isinstance(values, dict):
-        raise ValueError('--settings is JSON, but not an object; write it like \'{"damp": 0.1}\'.')
+    values = _json_settings(settings, '{"damp": 0.1}')
     options = dict(multiple=multiple and _by_name(multiple, 'multiple', _whole), keep=keep and _kept(keep))
     given = {k: v for k, v in options.items() if v is not None}
     if twice := set(given) & set(values):
         raise ValueError(f'{min(twice)} is given twice, by --{min(twice)} and in --settings; give it once.')
     return configured(name, {**values, **given}, preset)
 
+# %% ../nbs/99_cli.ipynb #859e9eb0
 def _whole(word): return int(word)
 
 def _by_name(words, option, number):
@@ -559,13 +565,8 @@ def cmd_recover(
     "Train a pruned model a little against the dense one, and save it as before (needs the extra `recover`)."
     from prunebook.plan import PrunePlan
     from prunebook.text import load_windows
-    for option, value in dict(teacher=teacher, out=out).items():
-        what = 'dense model' if option == 'teacher' else 'folder to make'
-        if value is None: raise ValueError(f'Name the {what} with --{option}.')
-    if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
+    _check_recover(folder, teacher, out, tasks, report)
     how, bos, asked = _recovery(settings, seed), _bos(bos), (_tasks(tasks, limit), limit)
-    if not (Path(folder)/'plan.json').is_file():
-        raise ValueError(f'{folder} has no plan.json; recover takes a folder that prunebook prune made.')
     plan, state = PrunePlan.load(Path(folder)/'plan.json'), _recovery_state(out, resume)
     with _going_on(state), _place(out, folder, 0, device, dtype, force):
         small, tokenizer = _load(folder, device, dtype)
@@ -582,17 +583,21 @@ def cmd_recover(
         state.unlink(missing_ok=True)
     if _is_first(): print(shown)
 
-
 # %% ../nbs/99_cli.ipynb #rc990004
+def _check_recover(folder, teacher, out, tasks, report):
+    "Raises `ValueError` for options that do not go together, and for a folder that `prune` did not make."
+    for option, value in dict(teacher=teacher, out=out).items():
+        what = 'dense model' if option == 'teacher' else 'folder to make'
+        if value is None: raise ValueError(f'Name the {what} with --{option}.')
+    if tasks and not report: raise ValueError('--tasks are asked for the report; add --report.')
+    if not (Path(folder)/'plan.json').is_file():
+        raise ValueError(f'{folder} has no plan.json; recover takes a folder that prunebook prune made.')
+
 def _recovery(settings, seed):
     "A `Recovery` from JSON. Raises `ValueError` for settings that cannot be."
     from dataclasses import fields
     from prunebook.recover import Recovery
-    try: values = json.loads(settings)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'--settings is not JSON ({e}); write it like \'{{"rank": 16}}\'.') from e
-    if not isinstance(values, dict):
-        raise ValueError('--settings is JSON, but not an object; write it like \'{"rank": 16}\'.')
+    values = _json_settings(settings, '{"rank": 16}')
     known = [f.name for f in fields(Recovery)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f'A recovery has no setting {", ".join(unknown)}; it has {", ".join(known)}.')
@@ -614,6 +619,7 @@ def _going_on(state):
         kept = f' What was done is kept in {state}, and the same command with --resume goes on.' if state.exists() else ''
         raise type(e)(f'{e}{kept}') from None
 
+# %% ../nbs/99_cli.ipynb #2949bdff
 def _check_tokenizers(student, teacher):
     "Raises `ValueError` if the two read text differently."
     if student is not None and teacher is not None and student.get_vocab() != teacher.get_vocab():
@@ -632,7 +638,6 @@ def _recovery_windows(dense, text, watch, n, cut):
     if watch is None: watch = _text('wikitext2') if text == 'passages' else 'passages'
     if watch in ('none', text): return train, None
     return train, load_windows(watch, dense, n=8, **cut)
-
 
 # %% ../nbs/99_cli.ipynb #rc990006
 def _recovered(small, dense, train, watched, steps, how, state, test, asked, where):

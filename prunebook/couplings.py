@@ -15,6 +15,7 @@ import functools, importlib, inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -348,9 +349,10 @@ class Coupling:
         units = f'{self.n_units} units of {self.cost} parameters'
         return f'{self.name}: {units}; rows of {rows} | columns of {columns}'
 
-# %% ../nbs/03_couplings.ipynb #ade1c042
+# %% ../nbs/03_couplings.ipynb #ci150001
 UNITS = {} # one object of every kind of unit, by name
 
+# %% ../nbs/03_couplings.ipynb #ade1c042
 class Unit:
     "A kind of unit; subclass it with a `name`, a `part` and the methods `firsts`, `second` and `left`."
     name = None # what the kind is called
@@ -391,15 +393,17 @@ class Unit:
     def masked(self, model, coupling, kept): return zeroed_columns(model, coupling, kept)   # while it computes
     def cut(self, model, coupling, units): drop_units(model, coupling, units)               # of its tensors
 
-    def cost(self,
-        model, # a causal language model of `transformers`
-        b, # one of its blocks
-    ):
-        "Parameters that leave with one unit, biases included."
-        per_row = lambda m: weight_of(m).shape[1] + (m.bias is not None)
-        name, columns = self.second(b)
-        rows = sum(t.shape[1]*per_row(model.get_submodule(n)) for n, t in self.firsts(b))
-        return rows + columns.shape[1]*weight_of(model.get_submodule(name)).shape[0]
+# %% ../nbs/03_couplings.ipynb #29f4f1b4
+@patch
+def cost(self:Unit,
+    model, # a causal language model of `transformers`
+    b, # one of its blocks
+):
+    "Parameters that leave with one unit, biases included."
+    per_row = lambda m: weight_of(m).shape[1] + (m.bias is not None)
+    name, columns = self.second(b)
+    rows = sum(t.shape[1]*per_row(model.get_submodule(n)) for n, t in self.firsts(b))
+    return rows + columns.shape[1]*weight_of(model.get_submodule(name)).shape[0]
 
 # %% ../nbs/03_couplings.ipynb #b63ea671
 class MLPChannel(Unit):
@@ -512,6 +516,7 @@ def _units(shapes, kinds):
         if reason := u.refusal(shapes): raise ValueError(reason)
     return units
 
+# %% ../nbs/03_couplings.ipynb #8419077c
 def coupling_of(
     model, # a causal language model of `transformers`
     b, # one of its blocks, from `anatomy`
@@ -819,15 +824,18 @@ def remove_part(
 def _is_empty(layer): return not any(p.ndim > 1 and p.numel() for p in layer.parameters())   # nothing but norms
 
 # %% ../nbs/03_couplings.ipynb #df0dadd3
+def _others(these, n):
+    "The numbers below n that are not among these, in order."
+    rest = torch.ones(n, dtype=bool)
+    rest[these] = False
+    return rest.nonzero().flatten()
+
 def _drop(model, name, rows=None, columns=None):
     "Remove some rows or columns of a linear layer, in place."
     m = model.get_submodule(name)
-    def stay(gone, n):
-        keep = torch.ones(n, dtype=bool)
-        keep[gone] = False
-        return keep.nonzero().flatten().to(m.weight.device)
+    stay = lambda gone, n: None if gone is None else _others(gone, n).to(m.weight.device)
     out, inner = weight_of(m).shape
-    _resize(m, None if rows is None else stay(rows, out), None if columns is None else stay(columns, inner))
+    _resize(m, stay(rows, out), stay(columns, inner))
 
 @torch.no_grad()
 def drop_units(
@@ -836,12 +844,12 @@ def drop_units(
     units, # indices of the units that stay, from `check_kept`
 ):
     "Remove the rows and columns of all other units."
-    gone, drop = torch.ones(coupling.n_units, dtype=bool), {}
-    gone[units] = False
+    gone, drop = _others(units, coupling.n_units), {}
     for n, t in coupling.firsts: drop.setdefault(n, []).append(t[gone].flatten())
     for n, parts in drop.items(): _drop(model, n, rows=torch.cat(parts))
     _drop(model, coupling.second[0], columns=removed_columns(coupling, units))
 
+# %% ../nbs/03_couplings.ipynb #f4f4cb98
 @torch.no_grad()
 def slice_coupling(
     model, # a causal language model of `transformers`; changed in place

@@ -320,12 +320,12 @@ class Depth2(Method):
     form: Literal['paper', 'code', 'measured'] = 'measured' # of the second-moment score
     # inputs that give the moments: calibration text, random tokens, or none
     sigma: Literal['calibration', 'random', 'identity'] = 'calibration'
-    # share of the dense trajectory in the targets of the fits; 1 in the paper, and 0 does without it
+    # share λ of the dense outputs in the targets of the fits (eq. trust); the recipe's λ is a share of another target, the
+    # dense stream, and grows with the text. 1 in the paper, and 0 does without the dense trajectory
     trust: float = setting(.25, least=0, most=1, is_a='a share from 0 to 1')
     # calibration windows whose attention maps are compared
     map_windows: int = setting(16, least=1, is_a='a number of windows')
     seed: int = 0 # of random heads and random tokens
-
 
 # %% ../nbs/30_depth2.ipynb #56e1c147
 def _whole_heads(kinds):

@@ -129,13 +129,14 @@ class Needs:
     whole_model: str = '' # why it needs the weights of all blocks at once; empty if it does not
     shared: bool = False # processes may share out the windows: sums over tokens come from `Visit.gram` and `Visit.aimed` alone
 
-# %% ../nbs/06_methods.ipynb #3cd03a60
+# %% ../nbs/06_methods.ipynb #ci150002
 METHODS = {} # method classes by name, filled as their modules are imported
 _BASELINES = dict.fromkeys(('random', 'magnitude', 'wanda_sp', 'flap', 'taylor'), 'prunebook.scores')
 _CHAPTERS = {name: f'prunebook.{name}' for name in ('fasp', 'depth2', 'bonsai', 'surgeon', 'recipe')}
 _WHOLE = dict(block_influence='prunebook.depth', removal='prunebook.depth', reap='prunebook.experts') # they remove whole parts
 MODULES = _BASELINES | _CHAPTERS | _WHOLE # where the methods of this package live
 
+# %% ../nbs/06_methods.ipynb #3cd03a60
 @dataclass
 class Method:
     "A pruning method: subclass it, with a `name`, settings, and what differs from the defaults."
@@ -173,15 +174,19 @@ class Method:
         if not self.restore: return v.weight[:, keep]
         return self.ridge_for(v.tokens).restore(v.weight, v.gram, keep)
 
-    # what they share
-    def run(self, ctx): return ctx.stream(self)            # one stream; methods of several rounds override it
-    def ridge_for(self, tokens):
-        "The `Ridge` of the fits."
-        damp = damp_for(tokens) if self.damp is None else self.damp
-        return Ridge(damp, self.towards, self.ridge)
+# %% ../nbs/06_methods.ipynb #c44d4ef1
+@patch
+def ridge_for(self:Method, tokens):
+    "The `Ridge` of the fits."
+    damp = damp_for(tokens) if self.damp is None else self.damp
+    return Ridge(damp, self.towards, self.ridge)
 
-    def only_slices(self): return not self.restore          # whether it changes no weight that stays
-    def parameters_left(self, ctx): return ctx.linears()    # of the decoder blocks' linears, after the run
+@patch
+def run(self:Method, ctx): return ctx.stream(self)          # one stream; methods of several rounds override it
+@patch
+def only_slices(self:Method): return not self.restore       # whether it changes no weight that stays
+@patch
+def parameters_left(self:Method, ctx): return ctx.linears() # of the decoder blocks' linears, after the run
 
 # %% ../nbs/06_methods.ipynb #81f30b63
 @patch
@@ -229,6 +234,7 @@ def settings(self:Method):
     values = {f.name: getattr(self, f.name) for f in fields(self)}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+# %% ../nbs/06_methods.ipynb #d6fe16af
 def _check_whole(method, table):
     "Raises `ValueError` for units that are no columns of a second linear, where the method needs those."
     kind = next((c.kind for c in table if not c.unit.columns), None)

@@ -172,7 +172,7 @@ class Recipe(Method):
     units: tuple[str, ...] = setting(('value_channel', 'mlp_channel'), is_a='a tuple of kinds') # kinds of units
     restore: bool = True # re-fit the kept columns by least squares
     turn: bool = True # give values the basis of eq. basis before their channels leave
-    trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); `_trust_for(tokens)` by default, and 0 needs no dense model
+    trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); it grows with the text by default (eq. trust), and 0 needs no dense model
     allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units leave each block
     depth: bool = False # attention or the MLP of a block may go as a whole, at the price that is measured
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads

@@ -280,13 +280,6 @@ class Recovered:
         "By how much the watched loss rose between two steps, and its error, paired by window."
         return loss_difference(*(Perplexity(torch.tensor(self.watched[s])) for s in (since, step)))
 
-    @property
-    def harm(self):
-        "The step after which training harmed: what was watched ends worse than at its best by more than the error."
-        if not self.watched or self.best == (last := max(self.watched)): return None
-        rise, error = self.change(last, self.best)
-        return self.best if not rise <= error else None
-
     def plain(self):
         "Plain values, for a file."
         watched = {str(k): v for k, v in self.watched.items()}
@@ -298,6 +291,14 @@ class Recovered:
         first, best = (Perplexity(torch.tensor(self.watched[s])).value for s in (0, self.best))
         said += f'; watched perplexity {first:.2f}, {best:.2f} at the best step, {self.best}'
         return said + (f'; training harmed after step {self.harm}' if self.harm is not None else '')
+
+# %% ../nbs/75_recover.ipynb #f72baf71
+@patch(as_prop=True)
+def harm(self:Recovered):
+    "The step after which training harmed: what was watched ends worse than at its best by more than the error."
+    if not self.watched or self.best == (last := max(self.watched)): return None
+    rise, error = self.change(last, self.best)
+    return self.best if not rise <= error else None
 
 # %% ../nbs/75_recover.ipynb #331b6016
 class _State:
@@ -394,38 +395,42 @@ class _Run:
         _put(self.train.tensors, now)
         if self.done.steps: self.optimizer.load(adam, self.done.steps)
 
-    def step(self):
-        "One step; its loss. Raises `RuntimeError` if it is not finite."
-        n = self.done.steps
-        torch.manual_seed(self.how.seed*1_000_003 + n)     # of dropout, so that a resumed run draws the same
-        ids = _batch(self.windows, self.how, n)
-        loss = _gradients(self.student, self.teacher, ids, self.how, self.train.tensors, self.precision)
-        norm = self.optimizer.step() if math.isfinite(loss) else loss
-        if not math.isfinite(norm):
-            raise RuntimeError(f'The loss of step {n} is {loss}, and its gradient {norm}; the model is as it was. '
-                               f'Take a learning rate below {self.how.learning_rate}, or look at the text.')
-        self.done.losses.append(loss)
-        self.done.steps, self.done.tokens = n + 1, self.done.tokens + ids.numel()
-        return loss
+# %% ../nbs/75_recover.ipynb #41f429e4
+@patch
+def step(self:_Run):
+    "One step; its loss. Raises `RuntimeError` if it is not finite."
+    n = self.done.steps
+    torch.manual_seed(self.how.seed*1_000_003 + n)     # of dropout, so that a resumed run draws the same
+    ids = _batch(self.windows, self.how, n)
+    loss = _gradients(self.student, self.teacher, ids, self.how, self.train.tensors, self.precision)
+    norm = self.optimizer.step() if math.isfinite(loss) else loss
+    if not math.isfinite(norm):
+        raise RuntimeError(f'The loss of step {n} is {loss}, and its gradient {norm}; the model is as it was. '
+                           f'Take a learning rate below {self.how.learning_rate}, or look at the text.')
+    self.done.losses.append(loss)
+    self.done.steps, self.done.tokens = n + 1, self.done.tokens + ids.numel()
+    return loss
 
-    def go(self):
-        "All steps that are left, with a progress bar of loss, tokens a second and time left."
-        _lora_dropout(self.student, True)
-        self.resume()
-        size = self.how.batch_size*self.windows.seqlen
-        bar = dict(total=self.steps*size, initial=self.done.tokens, unit='token', unit_scale=True)
-        with tqdm(desc='recovering', leave=False, **bar) as progress:
-            while self.done.steps < self.steps:
-                wall, cpu = time.perf_counter(), time.process_time()
-                progress.set_postfix(loss=f'{self.step():.3f}', refresh=False)
-                progress.update(size)
-                due = self.done.steps % self.every == 0 or self.done.steps == self.steps
-                if due: self.look()
-                self.done.seconds += time.perf_counter() - wall
-                self.done.cpu_seconds += time.process_time() - cpu
-                if due: self.state.write(self.train, self.optimizer, self.best, self.done)
-        if self.best: _put(self.train.tensors, self.best)
-        else: self.done.best = self.done.steps
+# %% ../nbs/75_recover.ipynb #1a58660e
+@patch
+def go(self:_Run):
+    "All steps that are left, with a progress bar of loss, tokens a second and time left."
+    _lora_dropout(self.student, True)
+    self.resume()
+    size = self.how.batch_size*self.windows.seqlen
+    bar = dict(total=self.steps*size, initial=self.done.tokens, unit='token', unit_scale=True)
+    with tqdm(desc='recovering', leave=False, **bar) as progress:
+        while self.done.steps < self.steps:
+            wall, cpu = time.perf_counter(), time.process_time()
+            progress.set_postfix(loss=f'{self.step():.3f}', refresh=False)
+            progress.update(size)
+            due = self.done.steps % self.every == 0 or self.done.steps == self.steps
+            if due: self.look()
+            self.done.seconds += time.perf_counter() - wall
+            self.done.cpu_seconds += time.process_time() - cpu
+            if due: self.state.write(self.train, self.optimizer, self.best, self.done)
+    if self.best: _put(self.train.tensors, self.best)
+    else: self.done.best = self.done.steps
 
 # %% ../nbs/75_recover.ipynb #d3c71a78
 def recover(

@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -166,22 +167,24 @@ def list_faults(nbs, names):
 
 def check(root, site):
     "(number of pages, problems) of the project at `root`."
-    nbs, books, said = root/'nbs', {}, []
+    nbs, books, pages = root/'nbs', {}, []
     paths = smoke_site.notebooks(nbs)
-    for path in paths:
-        faults = saved_faults(json.loads(path.read_text(encoding='utf-8')), root)
-        try:
-            books[path.name], warned = smoke_site.process(path)
-            text = page_text(books[path.name])
-            faults += [f'imports must be in cells of their own: {" ".join(w.split())[:160]}' for w in warned]
-            faults += pandoc(text, '-f', 'markdown', '-t', 'html', '--mathml', '--citeproc', f'--bibliography={nbs/"references.bib"}')
-        except yaml.YAMLError: books.pop(path.name, None)  # said among the saved faults
-        except Exception as e:
-            cause = e.__cause__ or e
-            faults.append(f'nbdev cannot process it: {" ".join(f"{type(cause).__name__}: {cause} ({e})".split())[:400]}')
-        said += [f'{path.name}: {f}' for f in faults]
-    said += list_faults(nbs, [p.name for p in paths])
-    said += [f'smalldocs: {w}' for w in smoke_site.build(books, root, site)]
+    with ThreadPoolExecutor(1) as beside:                  # pandoc works while nbdev and smalldocs do
+        for path in paths:
+            faults, typeset = saved_faults(json.loads(path.read_text(encoding='utf-8')), root), None
+            try:
+                books[path.name], warned = smoke_site.process(path)
+                text = page_text(books[path.name])
+                faults += [f'imports must be in cells of their own: {" ".join(w.split())[:160]}' for w in warned]
+                typeset = beside.submit(pandoc, text, '-f', 'markdown', '-t', 'html', '--mathml', '--citeproc', f'--bibliography={nbs/"references.bib"}')
+            except yaml.YAMLError: books.pop(path.name, None)  # said among the saved faults
+            except Exception as e:
+                cause = e.__cause__ or e
+                faults.append(f'nbdev cannot process it: {" ".join(f"{type(cause).__name__}: {cause} ({e})".split())[:400]}')
+            pages.append((path.name, faults, typeset))
+        built = [f'smalldocs: {w}' for w in smoke_site.build(books, root, site)]
+    said = [f'{name}: {f}' for name, faults, typeset in pages for f in [*faults, *(typeset.result() if typeset else [])]]
+    said += [*list_faults(nbs, [p.name for p in paths]), *built]
     return len(paths), [*said, *site_faults(site, root)]
 
 

@@ -12,8 +12,8 @@ The time and the peak memory of each are printed, and a notebook passes in modes
 
 `--others` adds a quarter of the notebooks in each mode that is not this machine's own. Which quarter follows from the number
 of commits, so that four commits in a row cover all; it is printed, and `--quarter` chooses it. There, no new cell begins after
-`--seconds`, and it is said how far a notebook came. A notebook that starts processes of its own (80_bench, 99_cli) has them
-in the default mode.
+`--seconds`, one that still runs after three times as long is interrupted, and it is said how far a notebook came. A notebook
+that starts processes of its own (80_bench, 99_cli) has them in the default mode.
 
 As many notebooks run at the same time as there are cores (at most four), the slowest first, each on one thread: models as
 small as these gain next to nothing from a second.
@@ -31,11 +31,16 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ('default', 'float32', 'bfloat16', 'gpu')
-SLOW = {'70_recipe': 240, '40_bonsai': 220, '30_depth2': 160, '52_surgeon': 150, '10_scores': 140, '20_fasp': 140}  # seconds, to start first
+SLOW = {'70_recipe': 157, '52_surgeon': 103, '40_bonsai': 89, '30_depth2': 85, '10_scores': 77, '99_cli': 71, '75_recover': 66,
+        '20_fasp': 63, '51_elements': 62, 'start': 58, '80_bench': 56, '15_repair': 51, 'howto_prune': 49, '07a_budget': 47,
+        '72_depth': 45, '02_evaluate': 38, '50_curvature': 34, 'lab_instructor': 31, 'howto_method': 30}   # seconds, to start first
 ENV = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', IN_TEST='1')  # nbdev: no exports from within a notebook
 
 
 # ---- which notebooks, and in which mode
+
+
+def slowest_first(path): return -SLOW.get(path.stem, 0), -path.stat().st_size, path
 
 
 def notebooks(folder, names):
@@ -44,8 +49,7 @@ def notebooks(folder, names):
     wanted = {Path(n).name.removesuffix('.ipynb') for n in names} or found.keys()
     unknown = wanted - found.keys()
     if unknown: sys.exit(f'no such notebook: {", ".join(sorted(unknown))}')
-    slow = lambda p: (SLOW.get(p.stem, 0), p.stat().st_size, p)
-    return [p for p in sorted((found[n] for n in wanted), key=slow, reverse=True) if code_cells(p)]
+    return [p for p in sorted((found[n] for n in wanted), key=slowest_first) if code_cells(p)]
 
 
 def code_cells(path):
@@ -68,8 +72,9 @@ def other_modes():
 
 
 def quarter_jobs(paths, modes, quarter):
-    "A quarter of the notebooks for each mode, another for each."
-    return [(p, m) for i, m in enumerate(modes) for p in paths[(quarter + i)%4::4]]
+    "A quarter of the notebooks for each mode, another for each; the slowest first."
+    jobs = [(p, m) for i, m in enumerate(modes) for p in paths[(quarter + i)%4::4]]
+    return sorted(jobs, key=lambda job: slowest_first(job[0]))
 
 
 # ---- one notebook
@@ -99,19 +104,26 @@ def execute(path, mode, seconds=float('inf')):
     "Run a notebook; what there is to say of it: the error if one cell failed, how far it came in `seconds`, its peak memory."
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    start, cells = time.perf_counter(), code_cells(path)
+    cells = code_cells(path)
     folders = [str(ROOT/f) for f in ('', 'scripts', 'tests')]
     first = f"__import__('sys').path[:0] = {folders}; __import__('test_notebooks').enter({mode!r})"
     last = "print(__import__('prunebook.evaluate').evaluate._lifetime_mark()//2**20)"
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(first), *cells, nbformat.v4.new_code_cell(last)])
-    client = NotebookClient(nb, kernel_name='python3', timeout=None, startup_timeout=300, extra_arguments=['--log-level=ERROR'],
+    client = NotebookClient(nb, kernel_name='python3', interrupt_on_timeout=True, startup_timeout=300, extra_arguments=['--log-level=ERROR'],
                             resources=dict(metadata=dict(path=path.parent)))
     with client.setup_kernel(env={**os.environ, **ENV}):
+        start = time.perf_counter()
         for i, cell in enumerate(nb.cells[:-1]):
-            if i and time.perf_counter() - start > seconds: break
+            spent = time.perf_counter() - start
+            if i and spent > seconds: break
+            client.timeout = max(1, round(3*seconds - spent)) if i and seconds < float('inf') else None
             try: client.execute_cell(cell, i)
-            except (CellExecutionError, DeadKernelError) as e: return f'FAILED\n{e}'
+            except CellExecutionError as e:
+                if time.perf_counter() - start > 3*seconds: break          # it was interrupted
+                return f'FAILED\n{e}'
+            except DeadKernelError as e: return f'FAILED\n{e}'
         else: i = len(cells) + 1
+        client.timeout = None
         client.execute_cell(nb.cells[-1], len(cells) + 1)
     short = f', {i - 1} of {len(cells)} cells run in {seconds:.0f} s' if i <= len(cells) else ''
     return f'passed, {nb.cells[-1].outputs[0].text.strip()} MB{short}'
@@ -124,7 +136,7 @@ def arguments(argv):
     parser.add_argument('--mode', nargs='+', choices=MODES, default=['default'], help='run all of them in these modes')
     parser.add_argument('--others', action='store_true', help='and a quarter in each mode that is not this machine\'s own')
     parser.add_argument('--quarter', type=int, choices=range(4), help='which one; by the number of commits if not given')
-    parser.add_argument('--seconds', type=float, default=20, help='in a mode of --others, begin no cell after this time')
+    parser.add_argument('--seconds', type=float, default=10, help='in a mode of --others, begin no cell after this time, and end all after three times as long')
     return parser.parse_args(argv)
 
 

@@ -13,7 +13,7 @@ from test_conformance import PLAIN, UNLIKE, build
 from prunebook.cli import main
 from prunebook.conform import check_function, check_method, check_saved, check_streamed, check_tables, check_walk, check_writes, padded_logits
 from prunebook.couplings import anatomy, couplings, slice_units
-from prunebook.depth import PARTS, BlockInfluence, Removal, influences, losses_without
+from prunebook.depth import WHOLE_PARTS, BlockInfluence, Removal, influences, losses_without
 from prunebook.estimate import estimate
 from prunebook.fasp import FASP
 from prunebook.gone import Gone
@@ -37,11 +37,11 @@ def linears(m): return n_parameters(decoder_linears(m).values())
 
 def without(model, parts):
     "All kept units where those of some parts leave."
-    gone = {f'{i}.{p}' for i, letters in parts.items() for p in PARTS if p[0] in letters}
-    return {c.name: [] if c.name in gone else [0] for b in PARTS for c in _table(model) if c.part == b}
+    gone = {f'{i}.{p}' for i, letters in parts.items() for p in WHOLE_PARTS if p[0] in letters}
+    return {c.name: [] if c.name in gone else [0] for b in WHOLE_PARTS for c in _table(model) if c.part == b}
 
 
-def _table(model): return couplings(model, PARTS if any(b.has('mlp') for b in anatomy(model)) else ('attention',))
+def _table(model): return couplings(model, WHOLE_PARTS if any(b.has('mlp') for b in anatomy(model)) else ('attention',))
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_whole_parts_are_no_units_among_others():
     m = tiny_model('llama')
     with pytest.raises(ValueError, match='overlap'): couplings(m, ('attention', 'value_channel'))
     assert {c.kind for c in couplings(m, ('attention', 'mlp_channel'))} == {'attention', 'mlp_channel'}
-    with pytest.raises(ValueError, match='no MLP of linear layers'): couplings(build('mixtral'), PARTS)
+    with pytest.raises(ValueError, match='no MLP of linear layers'): couplings(build('mixtral'), WHOLE_PARTS)
 
 
 # ---- the methods ----------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_no_part_left_that_the_budget_did_not_need(name):
     model = build('llama')
     for sparsity in (.05, .3, .6):
         small, plan = prune(model, windows(model), METHODS[name], sparsity)
-        gone = [c for c in couplings(model, PARTS) if not plan.kept[c.name]]
+        gone = [c for c in couplings(model, WHOLE_PARTS) if not plan.kept[c.name]]
         groups = [[c for c in gone if c.layer == i] for i in range(3)] if name in ('blocks', 'cut') else [[c] for c in gone]
         assert sparsity <= plan.true_sparsity == pytest.approx(sum(c.cost for c in gone)/linears(model))
         assert all(plan.true_sparsity - sum(c.cost for c in g)/linears(model) < sparsity for g in groups if g)
@@ -178,7 +178,7 @@ def test_a_plan_without_parts_is_applied_again(method, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(small.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize('method', [BlockInfluence(), BlockInfluence(restore=False), Recipe(depth=True, **QUICK), FASP(units=PARTS)], ids=lambda m: f'{m.name}-{m.restore}')
+@pytest.mark.parametrize('method', [BlockInfluence(), BlockInfluence(restore=False), Recipe(depth=True, **QUICK), FASP(units=WHOLE_PARTS)], ids=lambda m: f'{m.name}-{m.restore}')
 @pytest.mark.parametrize('family', ['llama', 'opt'])
 def test_parts_leave_a_checkpoint_on_disk(family, method): check_streamed(build(family), method, .6)
 
@@ -195,7 +195,7 @@ def test_influence_is_the_angle_by_which_hidden_states_turn():
 def test_losses_are_those_of_models_without_the_part(family):
     m = build(family)
     ids = windows(m).ids
-    for (layer, part), loss in losses_without(InMemory(m), ids, [(i, p) for i in range(3) for p in PARTS]).items():
+    for (layer, part), loss in losses_without(InMemory(m), ids, [(i, p) for i in range(3) for p in WHOLE_PARTS]).items():
         small = slice_units(copy.deepcopy(m), {f'{layer}.{part}': []})
         assert loss == pytest.approx(small(ids, labels=ids).loss.item(), abs=1e-4)
 
@@ -206,7 +206,7 @@ def test_removal_takes_the_cheapest_part_of_every_round():
     ids, left, order = text.ids[-8:, :12], copy.deepcopy(m), []
     while len(order) < sum(not k for k in plan.kept.values()):
         found = {}
-        for c in couplings(left, PARTS):
+        for c in couplings(left, WHOLE_PARTS):
             tried = slice_units(copy.deepcopy(left), {c.name: []})
             found[c.name] = tried(ids, labels=ids).loss.item()
         order.append(min(found, key=found.get))

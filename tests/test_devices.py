@@ -51,9 +51,10 @@ PLACES = dict(one=lambda m: m.to('gpu:0'), visited=lambda m: m, two=over_two_dev
 
 
 def runs():
-    "Each case on a llama; of the other two families one case each, in turn, to be quick."
+    "Each case in three places on a llama; of the other two families one case each, in one of the places, in turn, to be quick."
     for i, case in enumerate(CASES):
-        yield from ((case, family) for family in ('llama', ('opt', 'gpt2')[i%2]) if family == 'llama' or case[1].get('units') != ('query_head',))
+        yield from ((case, 'llama', place) for place in PLACES)
+        if case[1].get('units') != ('query_head',): yield case, ('opt', 'gpt2')[i%2], list(PLACES)[i//2%3]
 
 
 @functools.cache
@@ -63,8 +64,7 @@ def on_the_cpu(i, family):
     with torch.no_grad(): return plan.kept, small(TEXT.ids[:2]).logits
 
 
-@pytest.mark.parametrize('place', PLACES)
-@pytest.mark.parametrize('case, family', list(runs()), ids=lambda x: x if isinstance(x, str) else name(x))
+@pytest.mark.parametrize('case, family, place', list(runs()), ids=lambda x: x if isinstance(x, str) else name(x))
 def test_as_on_the_cpu(case, family, place):
     kept, logits = on_the_cpu(CASES.index(case), family)
     run = Run(**dict(*case[2:]), device='gpu:0' if place == 'visited' else None)

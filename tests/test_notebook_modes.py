@@ -41,6 +41,12 @@ def test_no_cell_begins_after_the_time(tmp_path):
     assert said.startswith('FAILED') and 'assert 1 == 2' in said
 
 
+def test_a_cell_that_runs_too_long_is_interrupted(tmp_path):
+    said = run(tmp_path, 'default', 'import time', 'time.sleep(600)', 'assert False', seconds=2)
+    assert said.startswith('passed') and '1 of 3 cells run' in said
+    assert run(tmp_path, 'default', 'assert False', 'import time; time.sleep(600)', seconds=2).startswith('FAILED')
+
+
 def test_a_dead_kernel_is_a_failure(tmp_path): assert run(tmp_path, 'default', 'import os; os._exit(3)').startswith('FAILED')
 
 

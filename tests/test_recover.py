@@ -1,16 +1,14 @@
 """Recovery: what a little training gives back, on tiny models."""
 import copy
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_model
 from killing import forked
 from safetensors.torch import load_file
+from together import needs_fork, together
 
 from prunebook.cli import main
 from prunebook.models import TINY
@@ -22,6 +20,7 @@ from prunebook.recover import Recovery, check_recovery, distillation, recover, r
 from prunebook.save import load_pruned, save_pruned
 from prunebook.sources import OnDisk, twin
 from prunebook.text import Windows
+from prunebook.walk import processes
 
 pytestmark = [pytest.mark.usefixtures('one_thread', 'own_modules'), pytest.mark.filterwarnings('ignore:All inputs of')]
 peft = pytest.importorskip('peft')
@@ -406,29 +405,14 @@ def test_other_families(family):
         assert {n: t.shape for n, t in better.state_dict().items()} == {n: t.shape for n, t in before.items()}
 
 
-JOB = '''
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from helpers import tiny_model
-from prunebook.recover import Recovery, recover
-from prunebook.text import Windows
-from prunebook.walk import processes
-torch.set_num_threads(1)
-dense, small = tiny_model('llama'), tiny_model('llama', 1)
-w = Windows(torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0)), 'random')
-better, done = recover(small, dense, w, 3, Recovery(batch_size=3, at_once=1))
-total = sum(p.double().sum().item() for p in better.parameters())
-print(json.dumps([*processes(), done.losses, total]), file=open(f'{sys.argv[2]}/{processes()[0]}-{processes()[1]}', 'w'))
-'''
-
-
+@needs_fork
 def test_two_processes_recover_as_one(tmp_path):
     "A batch of three windows is shared out unevenly: the same losses and the same weights, in both."
-    (tmp_path/'job.py').write_text(JOB)
-    here = Path(__file__).parent
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(here.parent), os.environ.get('PYTHONPATH', '')])}
-    for launch in ([], ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--']):
-        p = subprocess.run([sys.executable, *launch, tmp_path/'job.py', here, tmp_path], env=env, capture_output=True, text=True, timeout=300)
-        assert p.returncode == 0, p.stderr[-2000:]
+    def job():
+        better, done = recover(tiny_model('llama', 1), tiny_model('llama'), windows(0), 3, Recovery(batch_size=3, at_once=1))
+        rank, count = processes()
+        (tmp_path/f'{rank}-{count}').write_text(json.dumps([done.losses, sum(p.double().sum().item() for p in better.parameters())]))
+    job()
+    assert together(job, 2) == [0, 0]
     alone, first, second = (json.loads((tmp_path/n).read_text()) for n in ('0-1', '0-2', '1-2'))
-    assert first[2:] == second[2:] and first[2] == pytest.approx(alone[2], abs=1e-5) and first[3] == pytest.approx(alone[3], abs=1e-3)
+    assert first == second and first[0] == pytest.approx(alone[0], abs=1e-5) and first[1] == pytest.approx(alone[1], abs=1e-3)

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT/'.site-tools'/'node_modules'
@@ -40,12 +41,16 @@ def chromium():
 
 
 @pytest.fixture(scope='session')
-def built():
-    "Folder of the site: the one named in SITE, or built here."
+def built(tmp_path_factory, testrun_uid):
+    "Folder of the site: the one named in SITE, or built here, once for all processes of a run (`-n`)."
     pytest.importorskip('smalldocs', reason='smalldocs is not installed (it needs Python 3.11 or later)')
     if GIVEN: return SITE
-    res = subprocess.run([sys.executable, str(ROOT/'scripts'/'smoke_site.py'), str(SITE)], capture_output=True, text=True)
-    assert res.returncode == 0, res.stdout[-2000:] + res.stderr[-2000:]
+    done = tmp_path_factory.getbasetemp().parent/f'site-{testrun_uid}'
+    with FileLock(f'{done}.lock'):
+        if done.exists(): return SITE
+        res = subprocess.run([sys.executable, str(ROOT/'scripts'/'smoke_site.py'), str(SITE)], capture_output=True, text=True)
+        assert res.returncode == 0, res.stdout[-2000:] + res.stderr[-2000:]
+        done.touch()
     return SITE
 
 
