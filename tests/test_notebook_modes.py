@@ -1,6 +1,8 @@
 """The script that runs the notebooks: each mode does what it says, and four commits in a row cover every notebook in every mode."""
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -45,6 +47,13 @@ def test_a_cell_that_runs_too_long_is_interrupted(tmp_path):
     said = run(tmp_path, 'default', 'import time', 'time.sleep(600)', 'assert False', seconds=2)
     assert said.startswith('passed') and '1 of 3 cells run' in said
     assert run(tmp_path, 'default', 'assert False', 'import time; time.sleep(600)', seconds=2).startswith('FAILED')
+
+
+def test_a_cell_that_is_interrupted_early_did_not_fail(tmp_path, monkeypatch):
+    "Limits are whole seconds, so that an interruption may come before three times `seconds` have passed."
+    monkeypatch.setattr(script, 'time', SimpleNamespace(perf_counter=lambda: time.perf_counter()/100))
+    said = run(tmp_path, 'default', 'import time; time.sleep(600)', 'assert 1 == 2', seconds=.8)
+    assert said.startswith('passed') and '0 of 2 cells run' in said
 
 
 def test_a_dead_kernel_is_a_failure(tmp_path): assert run(tmp_path, 'default', 'import os; os._exit(3)').startswith('FAILED')
