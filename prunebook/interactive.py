@@ -11,15 +11,16 @@ import html, itertools, json
 from importlib.resources import files
 import ipywidgets as widgets
 import torch
-from .bonsai import prior_scores, sub_model, sub_model_losses, token_loss
+from .bonsai import prior_scores, sub_model_losses
 from .couplings import anatomy, couplings, kinds_of, weight_of
 from .curvature import curvature
-from .depth2 import head_distances
 from .evaluate import continuation, perplexity
 from .fasp import FASP
+from .heads import head_distances
 from .pruning import prune
 from .models import decoder_linears, n_parameters
 from .plan import global_steps, uniform_steps
+from .submodels import sub_model, token_loss
 from .surgeon import unit_costs
 from .text import Windows
 

@@ -4,7 +4,7 @@ usage: python scripts/check_docs.py [SITE] [--root FOLDER]      SITE: folder to 
 
 The notebooks are read as they are saved, processed by nbdev, given to pandoc, and built by smalldocs (scripts/smoke_site.py). Checked are
 - saved notebooks: no error among the outputs, no path of the machine they ran on; a title, and nothing beside it that the page drops;
-  a labelled figure or table has a caption and an output;
+  a labelled figure or table has a caption and an output, and a picture has a label; a sentence that ends in a colon is followed by something;
 - pandoc: citations are known, TeX can be parsed, fenced divs are closed;
 - smalldocs: _quarto.yml has no unknown key and names no missing file;
 - built pages, and README.md: links and anchors lead somewhere, also within the site's own address and to files of the repository;
@@ -60,20 +60,31 @@ def output_faults(cell, root):
 
 
 def option_faults(cell):
-    "Options can be read; a cell labelled as a figure or table has a caption and a saved output."
+    "Options can be read; a picture has a label; a cell labelled as a figure or table has a caption and a saved output."
     try: options, _ = smoke_site.options_of(cell)
     except yaml.YAMLError as e: return ['the #| options are not YAML: ' + ' '.join(str(e).split())]
     label = str(options.get('label', ''))
     kind = label.partition('-')[0]
-    if kind not in ('fig', 'tbl'): return []
+    pictures = [o for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
+    if kind not in ('fig', 'tbl'): return ['a picture has no label: it gets no number']*bool(pictures)
     captions = [k for k in options if k.startswith(f'{kind}-') and k.endswith('cap')]
     return [f'{label} has no {kind}-cap']*(not captions) + [f'{label} has no saved output']*(not cell.get('outputs'))
+
+
+def colon_faults(nb):
+    "A cell of prose that ends in a colon leads to a code cell that the page shows."
+    hidden = re.compile(r'#\| *(hide\s*$|default_exp|export\s*$|include: *false)', re.M)
+    shown = [c for c in nb['cells'] if source(c).strip() and not (c['cell_type'] == 'code' and hidden.match(source(c)))]
+    for cell, after in zip(shown, [*shown[1:], None]):
+        text = source(cell).rstrip()
+        open_end = cell['cell_type'] == 'markdown' and re.search(r'[^:]:$', text) and (after is None or after['cell_type'] != 'code')
+        if open_end: yield f'a colon leads to nothing: {text[-60:]!r}'
 
 
 def saved_faults(nb, root):
     "Faults of a notebook as it is saved."
     cells = [(i, c) for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code']
-    return [*title_faults(nb), *(f'cell {i}: {said}' for i, c in cells for said in (*output_faults(c, root), *option_faults(c)))]
+    return [*title_faults(nb), *colon_faults(nb), *(f'cell {i}: {said}' for i, c in cells for said in (*output_faults(c, root), *option_faults(c)))]
 
 
 # ---- pandoc ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 usage: python scripts/site_files.py PROC     change every processed notebook in PROC, before it is rendered
 
 A page gets links to Colab and to its notebook. A definition whose source is shown keeps its heading and its docstring, and loses
-the signature that nbdev prints above the same lines of source.
+the signature that nbdev prints above the same lines of source. A docstring that cites an equation of its page links to it.
 """
 import json
 import re
@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+CITED = re.compile(r'\beqs?\. ([\w-]+(?:(?:, | and | to )(?:eq\. )?[\w-]+)*)')
 SIGNATURE = re.compile(r'^```python\n.*?^```\n+', re.M | re.S)
 
 
@@ -61,10 +62,25 @@ def drop_signatures(nb):
             if text: o['data']['text/markdown'] = SIGNATURE.sub('', text, count=1)
 
 
+def link_equations(nb):
+    "Make cross-references of the equations of the page that docstrings cite, as in (eq. score)."
+    known = {l for c in nb['cells'] if c['cell_type'] == 'markdown' for l in re.findall(r'\{#eq-([\w-]+)', source(c))}
+    def reference(m):
+        "The cited names as cross-references; as they stand if one is unknown."
+        cited = [w for w in re.findall(r'[\w-]+', m[1].replace('eq. ', '')) if w not in ('and', 'to')]
+        if not known.issuperset(cited): return m[0]
+        return re.sub(r'[\w-]+', lambda w: f'@eq-{w[0]}' if w[0] in cited else w[0], m[1].replace('eq. ', ''))
+    for c in nb['cells']:
+        for o in c.get('outputs', []) if re.search(r'^show_doc\(', source(c), re.M) else []:
+            text = ''.join(o.get('data', {}).get('text/markdown', ''))
+            if text: o['data']['text/markdown'] = CITED.sub(reference, text)
+
+
 def prepare(nb, name, about):
     "Change a processed notebook in place."
     add_links(nb, name, about)
     drop_signatures(nb)
+    link_equations(nb)
 
 
 def main():

@@ -13,13 +13,15 @@ import torch
 from helpers import tiny_model
 from together import needs_fork, together
 from test_conformance import MODELS, build
-from prunebook.bonsai import (_L1_GRID, _PRIORS, _WORST, Bonsai, _EvaluationLog, _fit_l1, _fit_levels, _hadamard, _in_play, _kendall_tau, prior_scores, _published_pairs,
-                              _relative_size, _orthogonal_pairs, sub_model, sub_model_losses, token_loss, _split, _wide)
+from prunebook.bonsai import (_PRIORS, Bonsai, _EvaluationLog, _hadamard, _in_play, prior_scores, _published_pairs, _relative_size,
+                              _orthogonal_pairs, sub_model_losses)
 from prunebook.cli import main
 from prunebook.couplings import anatomy, couplings, masked, slice_units
 from prunebook.evaluate import window_losses
 from prunebook.methods import METHODS, Run, as_method
 from prunebook.pruning import prune
+from prunebook.regression import _L1_GRID, _fit_l1, _fit_levels, _kendall_tau
+from prunebook.submodels import _WORST, _split, _wide, sub_model, token_loss
 from prunebook.models import TINY, decoder_linears, n_parameters, tiny_model as build_model
 from prunebook.plan import PrunePlan
 from prunebook.fasp import FASP
@@ -507,7 +509,8 @@ def test_two_workers_find_what_one_finds(tmp_path):
 
 MEMORY = '''
 import os, torch
-from prunebook.bonsai import couplings, sub_model, token_loss
+from prunebook.couplings import couplings
+from prunebook.submodels import sub_model, token_loss
 from prunebook.evaluate import peak_memory
 from prunebook.models import tiny_model
 torch.set_num_threads(1)

@@ -116,7 +116,7 @@ def test_a_checkpoint_on_disk_gives_the_same(family):
 @pytest.mark.parametrize('family', ['gemma2', 'llama', 'cohere2', 'phi3', 'gpt_neox'])
 def test_heads_are_compared_by_the_maps_that_the_model_uses(family):
     "While depth2 looks at attention maps, the model computes what it always computes: soft caps and windows, too."
-    from prunebook.depth2 import _observed_attention
+    from prunebook.heads import _observed_attention
     model = build(family)
     with torch.no_grad():
         expected = padded_logits(model)

@@ -8,8 +8,8 @@ from helpers import tiny_model
 from test_conformance import MODELS, build
 from hypothesis import given, strategies as st
 from prunebook.couplings import anatomy, couplings, slice_units, weight_of
-from prunebook.depth2 import (Depth2, _Moments, block_errors, _column_moments, _first_level, head_distances, _js_sums, _observed_attention,
-                              removal_order, _similarity_scores)
+from prunebook.depth2 import Depth2, _Moments, block_errors, _column_moments, _first_level
+from prunebook.heads import head_distances, _js_sums, _observed_attention, removal_order, _similarity_scores
 from prunebook.methods import Needs, Run, as_method
 from prunebook.pruning import prune
 from prunebook.models import TINY

@@ -85,7 +85,7 @@ GOOD = {
         code('#| default_exp method'),
         md('## Code'),
         code('#| export\ndef double(\n    x, # a number\n):\n    "Twice | `x`.\\n\\nMore."\n    return 2*x'),
-        code('#| exports\ndef thrice(\n    x, # a number\n):\n    "Three times `x`."\n    return 3*x'),
+        code('#| exports\ndef thrice(\n    x, # a number\n):\n    "Three times `x` (eq. a)."\n    return 3*x'),
         code('#| export\nTWO = 2 # a number'),
         md('## Idea {#sec-idea}\n\n::: {.callout-note}\nA note on `double`.\n:::\n\n$$a = \\frac{1}{2}$$ {#eq-a}\n\n'
            'See @eq-a, @fig-a, @tbl-a, [@one2020, p. 3], [home](index.ipynb), [entry](#double), '
@@ -110,6 +110,11 @@ BAD_PAGE = notebook(
     code('1', result(text_plain="PosixPath('/home/someone/x')")),
     code('import math\nx = math.pi'),
     code('#| export\ndef f(): "F"'),
+    md('The rounds:'),
+    code('#| hide\nimport os'),
+    code('#| fig-alt: "A dot"\n1', result(image_png='aGk=', text_plain='3')),
+    md('They end so:'),
+    code('#| export\nimport sys'),
     md('::: {.callout-note}\nnever closed'),
 )
 MORE_BAD = {
@@ -135,6 +140,8 @@ FAULTS = {
     'open div': 'a ::: block is never closed',
     'figure without caption': 'fig-nocap has no fig-cap',
     'figure without output': 'fig-noout has no saved output',
+    'picture without a label': 'a picture has no label',
+    'colon that leads to nothing': "a colon leads to nothing: 'They end so:'",
     'options that are not YAML': '60_options.ipynb: cell 1: the #| options are not YAML',
     'saved error, though hidden': 'a saved output is an error: ValueError',
     'path of a machine': 'names a path of this machine: /home/someone/x',
@@ -214,7 +221,7 @@ def test_page_of_the_api(good, good_report):
     cells = json.loads((good/'nbs'/'api.ipynb').read_text(encoding='utf-8'))['cells']
     rows = [line.strip() for c in cells for line in c['source'] if line.startswith('| [')]
     assert rows == ['| [double](10_method.ipynb#double) | `method` | Twice \\| `x`. |',
-                    '| [thrice](10_method.ipynb#thrice) | `method` | Three times `x`. |',
+                    '| [thrice](10_method.ipynb#thrice) | `method` | Three times `x` (eq. a). |',
                     '| [TWO](10_method.ipynb) | `method` | a number |']
 
 
@@ -224,6 +231,24 @@ def test_signature_is_printed_once(good, good_report):
     page = html.document_fromstring((good/'_smoke'/'method.html').read_text()).text_content()
     assert page.count('def double(') == 1 and page.count('def thrice(') == 1
     assert 'Three times' in page and 'return 3*x' in page and 'return 2*x' not in page
+
+
+def test_docstrings_link_to_equations(good, good_report):
+    from lxml import html
+    page = html.document_fromstring((good/'_smoke'/'method.html').read_text())
+    assert 'Three times x (Equation 1).' in page.text_content() and page.xpath('//em//a/@href') == ['#eq-a']
+
+
+def test_equations_in_docstrings():
+    sys.path.insert(0, str(SCRIPTS))
+    import site_files
+    def linked(docstring, *labels):
+        cells = [dict(md(' '.join('$$x$$ {#eq-%s}' % l for l in labels))), code('show_doc(f)', result(text_markdown=docstring))]
+        site_files.link_equations(dict(cells=cells))
+        return cells[1]['outputs'][0]['data']['text/markdown']
+    assert linked('A (eqs. ppl and se).', 'ppl', 'se') == 'A (@eq-ppl and @eq-se).'
+    assert linked('A (eq. a to eq. c-d), (f,)', 'a', 'b', 'c-d') == 'A (@eq-a to @eq-c-d), (f,)'
+    assert linked('A (eq. of another page).', 'a') == 'A (eq. of another page).'
 
 
 # ---- package and notebooks in step ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from helpers import tiny_model
 from prunebook.couplings import couplings
-from prunebook.depth2 import removal_order
+from prunebook.heads import removal_order
 from prunebook.interactive import (Figure, _choice, _slider, coupling_figure, game_figure, heads_figure, measure_couplings, measure_game, measure_heads,
                                    measure_sparsities, sparsity_figure, threshold_figure)
 from prunebook.text import random_tokens

@@ -7,8 +7,8 @@ import torch
 from prunebook.couplings import couplings
 from prunebook.curvature import Factors
 from prunebook.repair import Ridge
-from prunebook.depth2 import _js_sums, removal_order
 from prunebook.elements import _kept_of_shot, _remove_in_chunks, element_costs, sparsegpt
+from prunebook.heads import _js_sums, removal_order
 from prunebook.methods import configured
 from prunebook.models import decoder_linears, n_parameters
 from prunebook.plan import keep_after

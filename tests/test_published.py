@@ -10,7 +10,8 @@ from prunebook.bench import read_grid
 from prunebook.bonsai import Bonsai, _within
 from prunebook.cli import _method, main
 from prunebook.couplings import couplings
-from prunebook.depth2 import Depth2, heads_by_rows, removal_order
+from prunebook.depth2 import Depth2
+from prunebook.heads import heads_by_rows, removal_order
 from prunebook.methods import MODULES, TOKENS_PER_COLUMN, as_method, configured
 from prunebook.plan import PrunePlan
 from prunebook.pruning import prune

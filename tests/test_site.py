@@ -6,6 +6,7 @@ Screenshots of a few pages are left in _smoke/.screenshots, to be looked at.
 """
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -289,3 +290,14 @@ def test_results_are_sorted_by_their_headings(light):
         assert heading.get_attribute('aria-sort') == direction
         assert len(values()) > 5 and values() == sorted(values(), reverse=reverse)
     assert not errors
+
+
+def test_search_finds_the_way_in(built):
+    "What a reader types on the first day leads to the page that answers it; every term is found there word for word."
+    found = json.loads((built/'search.json').read_text(encoding='utf-8'))
+    pages = lambda words: {e['href'].partition('#')[0] for e in found if words in f'{e["title"]} {e["section"]} {e["text"]}'.lower()}
+    assert {'index.html', 'start.html'} <= pages('install')
+    assert 'howto_prune.html' in pages('how to prune my model') and 'howto_prune.html' in pages('prune your own model')
+
+
+def test_there_is_a_page_for_what_is_not_there(built): assert 'howto_prune.html' in (built/'404.html').read_text(encoding='utf-8')
