@@ -126,7 +126,7 @@ def _identity_moments(model):
 def _first_level(
     v, # a `Visit` of level `first`, with the stage of the dense model; its first linears get new weights
     ridge, # a `Ridge`
-    trust=1., # λ, share of the dense trajectory in the targets (eq. trust)
+    trust, # λ, share of the dense trajectory in the targets (eq. trust)
 ):
     "Re-fit the first linears of a sub-layer so that pruned inputs give the dense outputs (eq. first)."
     b = v.stage.block

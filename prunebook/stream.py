@@ -138,7 +138,7 @@ def cross_gram(
 def aimed(self:Visit,
     keep, # columns to fit, (m,)
     ridge, # a `Ridge`
-    trust=1., # λ, share of `dense` in the targets
+    trust, # λ, share of `dense` in the targets
 ):
     "New weight of some columns whose outputs come near the targets (eq. aimed), (d, m)."
     W, C = self.weight, self.gram

@@ -247,7 +247,7 @@ def test_the_first_level_of_fused_matrices(family, variant):
         X, Xh = flat(v.dense.X), flat(v.X)
         n = next(n for n, _ in v.coupling.firsts)
         dense = m.get_submodule(n).weight.detach().double()
-        _first_level(v, Ridge(1e-9, 'zero'))
+        _first_level(v, Ridge(1e-9, 'zero'), 1.)
         best = torch.linalg.lstsq(Xh, X @ dense.T, driver='gelsd').solution
         misfit = lambda W: (Xh @ W - X @ dense.T).norm()
         assert misfit(v.module(n).double().T) == pytest.approx(misfit(best).item(), rel=1e-3)
