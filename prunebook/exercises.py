@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .couplings import UNITS, couplings, masked
 from .curvature import optimal_removal
 from .fasp import column_scores
-from .models import decoder_linears, n_parameters, tiny_model
+from .models import decoder_linears, decoder_weights, n_parameters, tiny_model
 from .plan import global_steps, uniform_steps
 from .repair import Ridge
 from .scores import channel_moments, fluctuation, wanda_mask
@@ -801,6 +801,211 @@ exercise('recipe-3', lambda W, C: ('smaller', _energies(W, C)[-1].item()),
     'They are equal only if a singular vector is a channel. Compare them.':
         lambda W, C: ('equal', _energies(W, C)[-1].item())},
     draw=_one_head, choices=('smaller', 'equal', 'larger'))
+
+# %% ../nbs/66_exercises.ipynb #exdc0001
+def _mixtral_counts():
+    "Parameters of an expert with its row of the router, and of a block of Mixtral-8x7B."
+    from transformers import MixtralConfig, MixtralForCausalLM
+    config = MixtralConfig(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+                           num_hidden_layers=1, num_local_experts=8, vocab_size=8)
+    with torch.device('meta'): model = MixtralForCausalLM(config)
+    return couplings(model, 'expert')[0].cost, n_parameters(decoder_weights(model).values())
+
+def _two_experts_gone():
+    expert, block = _mixtral_counts()
+    return 2*expert/block
+
+exercise('experts-1', _two_experts_gone,
+    'An expert has 3df and a row of d, attention 2d(H + K)h: 352 of 1451 million, a little less than a quarter.', {
+    'This is the share of the experts. Attention has parameters, too, and they stay.': lambda: 2/8,
+    'An expert is gated: it has three matrices.':
+        lambda: 2*2*4096*14336/(8*2*4096*14336 + 2*4096*128*(32 + 8)),
+    'Keys and values have 8 heads, not 32.':
+        lambda: 2*3*4096*14336/(8*3*4096*14336 + 4*4096**2),
+    'Two of eight leave. This is what stays.': lambda: 1 - _two_experts_gone()})
+
+# %% ../nbs/66_exercises.ipynb #exdc0002
+def _routed(gen):
+    "Experts chosen by 12 tokens, their router weights, and the sizes of what each expert would say, (12, 5)."
+    logits, sizes = _normal(gen, 12, 4), _normal(gen, 12, 5).abs() + .2        # the fifth is never chosen
+    top, chosen = logits.topk(2)
+    return chosen, top.softmax(-1), sizes
+
+def _reap_sums(chosen, gates, sizes):
+    "For each expert, in plain Python: tokens that chose it, and sums of size, weight, and weight times size."
+    sums = [[0.]*4 for _ in range(sizes.shape[1])]
+    for t, row in enumerate(chosen.tolist()):
+        for j, e in enumerate(row):
+            g, f = gates[t, j].item(), sizes[t, e].item()
+            sums[e] = [a + b for a, b in zip(sums[e], (1, f, g, g*f))]
+    return sums
+
+def _reap(*x): return [gf/max(n, 1) for n, _, _, gf in _reap_sums(*x)]
+
+exercise('experts-2', _reap,
+    'The mean is over the tokens that chose the expert, so a rare expert with large answers has a large score.', {
+    'This is the sum. Divide by the number of tokens that chose the expert.':
+        lambda *x: [gf for *_, gf in _reap_sums(*x)],
+    'Take the mean over the tokens that chose the expert, not over all.':
+        lambda *x: [gf/12 for *_, gf in _reap_sums(*x)],
+    'The weight of the router is missing.': lambda *x: [f/max(n, 1) for n, f, *_ in _reap_sums(*x)],
+    'The size of the answer is missing.': lambda *x: [g/max(n, 1) for n, _, g, _ in _reap_sums(*x)],
+    'An expert that no token chose has the score 0.':
+        lambda *x: [gf/n if n else math.nan for n, _, _, gf in _reap_sums(*x)]}, draw=_routed, function=True)
+
+# %% ../nbs/66_exercises.ipynb #exdc0003
+def _router_logits(gen): return (2*_normal(gen, 16, 4),)
+
+def _partners(logits):
+    "Of every token that chose expert 0: the weight of the other one, with and without 0 in the choice."
+    found = []
+    for row in logits.double().tolist():
+        order = sorted(range(4), key=lambda e: -row[e])
+        if 0 not in order[:2]: continue
+        other, third = [e for e in order if e][:2]
+        weight = lambda a, b: 1/(1 + math.exp(b - a))
+        found.append((weight(row[other], row[0]), weight(row[other], row[third])))
+    return found
+
+def _weight_gained(logits): return statistics.fmean(after - before for before, after in _partners(logits))
+
+exercise('experts-3', lambda logits: ('same', _weight_gained(logits)),
+    'A softmax over the two chosen logits sees no others. Tokens that chose expert 0 get another one, '
+    'and the weights are shared anew.', {
+    'The expert leaves with its row, so each token still has two experts. It has not only one.':
+        lambda logits: (..., statistics.fmean(1 - before for before, _ in _partners(logits))),
+    'Take the mean over the tokens that had chosen expert 0.':
+        lambda logits: (..., _weight_gained(logits)*len(_partners(logits))/16),
+    'The sign: after minus before.': lambda logits: (..., -_weight_gained(logits)),
+    'This is the weight after the removal. Its change is asked.':
+        lambda logits: (..., statistics.fmean(after for _, after in _partners(logits))),
+    'Compute the weights of a token that did not choose expert 0, before and after.':
+        lambda logits: ('change', _weight_gained(logits))}, draw=_router_logits, choices=('same', 'change'))
+
+# %% ../nbs/66_exercises.ipynb #exdc0005
+def _influence(x=(3., 4.), added=(4., -3.)):
+    "Influence of a block that adds a vector to the stream."
+    x, added = torch.tensor(x).double(), torch.tensor(added).double()
+    return 1 - F.cosine_similarity(x, x + added, dim=0).item()
+
+exercise('depth-1', _influence,
+    'The stream becomes (7, 1), at 45° to (3, 4): 1 - 1/√2. A vector of the same length at a right angle turns it so.', {
+    'This is the cosine. The influence is what is missing from 1.': lambda: 1 - _influence(),
+    'Divide by the lengths of both vectors, before and after the block.': lambda: 0.,
+    'This compares the stream with what the block adds. Compare it with the sum.': lambda: 1.,
+    'This is the angle. One minus its cosine is asked.': lambda: math.pi/4,
+    'This is the angle in degrees. One minus its cosine is asked.': lambda: 45.})
+
+# %% ../nbs/66_exercises.ipynb #exdc0006
+def _parts_in_order(gen):
+    "Sizes of six groups in the order in which they should leave, and how many parameters must go."
+    sizes = torch.randint(1, 10, (6,), generator=gen).tolist()
+    return sizes, _whole(gen, 5, sum(sizes) - 3)
+
+def _first_groups(sizes, needed):
+    "Groups from the front until enough is gone."
+    n = next(n for n in range(1, 7) if sum(sizes[:n]) >= needed)
+    return [*range(n)]
+
+def _groups_gone(sizes, needed, back=True):
+    "Those that are needed of the first groups; the last ones come back first, or the first ones."
+    gone = _first_groups(sizes, needed)
+    for g in (gone[::-1] if back else gone[:]):
+        if sum(sizes[h] for h in gone if h != g) >= needed: gone.remove(g)
+    return gone
+
+exercise('depth-2', _groups_gone,
+    'Groups leave in order until enough is gone. Then those that are not needed come back, the last first.', {
+    'Enough is gone, but a group that is not needed could come back.': _first_groups,
+    'Let the last group come back first: it is worth the most.': lambda s, n: _groups_gone(s, n, back=False),
+    'These are the groups that stay.': lambda s, n: [g for g in range(6) if g not in _groups_gone(s, n)]},
+    draw=_parts_in_order, function=True)
+
+# %% ../nbs/66_exercises.ipynb #exdc0007
+def _losses_of_parts(gen):
+    "Loss of a model of four parts, (2, 2, 2, 2); index 1 means that a part is gone. Two parts replace each other."
+    gone = torch.cartesian_prod(*[torch.arange(2)]*4).double()                 # (16, parts)
+    rise = torch.tensor([.1, .15, .3, .5]).double()*(1 + .2*torch.rand(4, generator=gen))
+    return ((3 + gone @ rise + gone[:, 0]*gone[:, 1]).view(2, 2, 2, 2),)
+
+def _loss_without(L, *parts): return L[tuple(int(p in parts) for p in range(4))].item()
+
+def _one_after_another(L):
+    "Loss without two parts, the second chosen after the first is gone."
+    first = min(range(4), key=lambda p: _loss_without(L, p))
+    return min(_loss_without(L, first, p) for p in range(4) if p != first)
+
+def _both_at_once(L): return _loss_without(L, *sorted(range(4), key=lambda p: _loss_without(L, p))[:2])
+
+exercise('depth-3', lambda L: ('again', _one_after_another(L)),
+    'Alone, the first two parts cost least, because each replaces the other. '
+    'Measured again, the second of them costs much more.', {
+    'These two parts were chosen by their losses alone. Measure again when the first is gone.':
+        lambda L: (..., _both_at_once(L)),
+    'Two parts leave. This is the loss without one.':
+        lambda L: (..., min(_loss_without(L, p) for p in range(4))),
+    'This is the rise above the whole model. The loss is asked.':
+        lambda L: (..., _one_after_another(L) - _loss_without(L)),
+    'Compare both losses: parts 0 and 1 replace each other.': lambda L: ('once', _one_after_another(L)),
+    'They would be equal if the rises added up. Look at parts 0 and 1.':
+        lambda L: ('equal', _one_after_another(L))}, draw=_losses_of_parts, choices=('once', 'again', 'equal'))
+
+# %% ../nbs/66_exercises.ipynb #exdc0009
+def _trained_by_lora(r=8, outputs=4096, inputs=11008):
+    "Parameters of a low-rank update of one linear."
+    with torch.device('meta'):
+        update = torch.nn.Sequential(torch.nn.Linear(inputs, r, bias=False), torch.nn.Linear(r, outputs, bias=False))
+    return n_parameters(update)
+
+exercise('recover-1', _trained_by_lora,
+    'A is r × inputs and B is outputs × r: 8·15104, a quarter of a percent of the linear.', {
+    'This is A alone. B is trained, too.': lambda: 8*11008,
+    'This is B alone. A is trained, too.': lambda: 8*4096,
+    'The product BA is never stored: count A and B.': lambda: 4096*11008,
+    'A has r rows and B has r columns. Their sizes add up.': lambda: 8*8*(4096 + 11008)})
+
+# %% ../nbs/66_exercises.ipynb #exdc0010
+def _teacher_and_student(gen):
+    "Logits of teacher and student, (tokens, vocabulary), and a temperature."
+    t = 2*_normal(gen, 7, 9)
+    return t, t + .5*_normal(gen, 7, 9), 1.5 + torch.rand(1, generator=gen).item()
+
+def _distilled(t, z, tau): return tau**2*sum(_divergences(t/tau, z/tau))/7
+
+exercise('recover-2', _distilled,
+    'Both are divided by the temperature. The factor τ² keeps the gradient as large as at τ = 1.', {
+    'The factor τ² is missing.': lambda t, z, tau: sum(_divergences(t/tau, z/tau))/7,
+    'The teacher gives the weights of the mean, so it stands in front.':
+        lambda t, z, tau: tau**2*sum(_divergences(z/tau, t/tau))/7,
+    'Divide the logits by the temperature, those of the teacher, too.':
+        lambda t, z, tau: tau**2*sum(_divergences(t, z/tau))/7,
+    'Divide the logits by the temperature.': lambda t, z, tau: tau**2*sum(_divergences(t, z))/7,
+    'Take the mean over tokens, not the sum.': lambda t, z, tau: 7*_distilled(t, z, tau)},
+    draw=_teacher_and_student, function=True)
+
+# %% ../nbs/66_exercises.ipynb #exdc0011
+def _perfect_student(gen): return 2*_normal(gen, 9), _whole(gen, 0, 8)
+
+def _pull(t, loss):
+    "Length of the gradient of a loss at logits that are those of the teacher."
+    z = t.double().requires_grad_()
+    return torch.autograd.grad(loss(z), z)[0].norm().item()
+
+def _of_label(z, y): return F.cross_entropy(z[None], torch.tensor([y]))
+
+exercise('recover-3', lambda t, y: ('labels', _pull(t, lambda z: _of_label(z, y))),
+    'The gradient of the label is q - 1_y. It is not 0 at the teacher, so training on labels goes past it. '
+    'That of the distillation is q - p = 0.', {
+    'This is the square. Take the root.': lambda t, y: (..., _pull(t, lambda z: _of_label(z, y))**2),
+    'This is the entry of the label alone. The length of the whole gradient is asked.':
+        lambda t, y: (..., 1 - t.double().softmax(0)[y].item()),
+    'This is the length of q. Subtract 1 from its entry for the label.':
+        lambda t, y: (..., t.double().softmax(0).norm().item()),
+    'Where the student is the teacher, q - p is 0.':
+        lambda t, y: ('distillation', _pull(t, lambda z: _of_label(z, y))),
+    'One of them is at its minimum. Compute both gradients.':
+        lambda t, y: ('both', _pull(t, lambda z: _of_label(z, y)))},
+    draw=_perfect_student, choices=('labels', 'distillation', 'both'))
 
 # %% ../nbs/66_exercises.ipynb #17b8bedd
 def _smollm2_numbers(sparsity=.2):
