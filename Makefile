@@ -53,7 +53,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 # ---- use --------------------------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.ready  ## prune SmolLM2-135M by 20 % with FASP and report what it cost
-	$(call say,Pruning SmolLM2-135M by 20 % with FASP into $(DEMO) (about 3 min on two cores))
+	$(call say,Pruning SmolLM2-135M by 20 % with FASP into $(DEMO) (about 1 min on two cores))
 	@$(VENV)/bin/prunebook prune smollm2-135m --method fasp --sparsity 0.2 --out $(DEMO) \
 	  --text passages --n 16 --report --force
 
