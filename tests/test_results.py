@@ -34,9 +34,10 @@ def agrees(asked, told):
 
 def test_every_folder_has_a_command():
     folders = {p.name for p in RESULTS.iterdir() if p.is_dir()}
-    # papers has tests of its own, test_papers.py; the last five have scripts
-    assert folders | {'recover'} == {*GRIDS, 'papers', 'export', 'gpu', 'interactive', 'passages', 'recover'}
-    assert 'scripts/measure_recover.py' in (ROOT/'nbs'/'75_recover.ipynb').read_text()
+    # papers has tests of its own, test_papers.py; the last six have scripts
+    assert folders == {*GRIDS, 'papers', 'estimate', 'export', 'gpu', 'interactive', 'passages', 'recover'}
+    for name, page in (('recover', '75_recover'), ('estimate', '09_estimate')):
+        assert f'scripts/measure_{name}.py' in (ROOT/'nbs'/f'{page}.ipynb').read_text()
     page = (ROOT/'nbs'/'80_bench.ipynb').read_text()
     for name in GRIDS: assert f'prunebook bench results/{name}.yml --out results/{name}' in page
     for name in ('interactive', 'passages'): assert f'scripts/measure_{name}.py' in page
@@ -84,3 +85,13 @@ def test_a_recovery_belongs_to_a_cell(path):
     spec.loader.exec_module(module)
     found = json.loads(path.read_text())
     assert found['cell'] == asdict(module.CELLS[path.stem]) and found['recovery']['settings'] == found['settings']
+
+
+def test_peaks_belong_to_cells_of_their_script():
+    spec = importlib.util.spec_from_file_location('measure_estimate', ROOT/'scripts'/'measure_estimate.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = {p.stem: json.loads(p.read_text()) for p in (RESULTS/'estimate').glob('*.json')}
+    assert found and set(found) <= set(module.CELLS)
+    plain = lambda settings: json.loads(json.dumps(settings))
+    assert all(r['method'] == module.CELLS[n][1] and r['settings'] == plain(module.METHODS[r['method']]) for n, r in found.items())
