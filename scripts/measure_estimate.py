@@ -27,7 +27,7 @@ from prunebook.text import load_windows, random_tokens
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'estimate'
 SEQLEN, SPARSITY = 512, .2
 BILLION = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000)
-# few sub-models, shots and probes: they take time, and not more memory
+# few sub-models, shots and probes, to be quick; the estimate is told the same
 METHODS = dict(random={}, magnitude={}, wanda_sp={}, flap={}, taylor={}, fasp={}, depth2={}, bonsai=dict(evaluations=8, seqlen=128),
                surgeon=dict(shots=1), block_influence={}, recipe=dict(shares=(.5,), measure_windows=1))
 CELLS = {f'{model}-{m}': (model, m) for model in ('135m', '1b') for m in METHODS}
@@ -54,11 +54,11 @@ def forward_seconds(model, windows):
     return time.process_time() - start
 
 
-def measure(model, name):
+def measure(shape, name):
     "One cell, as plain values."
-    model, called, windows = models(model)
-    for p in model.parameters(): p.data = p.data.clone()   # a loaded model lies in its file, and pages of a file count only when they were read
-    method, inplace = configured(name, METHODS[name]), called != 'smollm2-135m'
+    model, called, windows = models(shape)
+    for p in model.parameters(): p.data = p.data.clone()   # out of its file, whose pages count only when they are read
+    method, inplace = configured(name, METHODS[name]), shape == '1b'
     forward, held = forward_seconds(model, windows), weight_bytes(model)
     told = estimate(model, method, windows.ids.numel(), SPARSITY, seqlen=SEQLEN, inplace=inplace)['bytes']
     where = about(model, called, [windows], 0.)

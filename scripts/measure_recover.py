@@ -31,6 +31,7 @@ LORA = Recovery(batch_size=4)                              # more steps in the s
 FORMS = dict(                                              # what is trained, and on which text
     lora=(LORA, 'wikitext2'),
     all=(replace(LORA, trains='all', learning_rate=5e-5), 'wikitext2'),
+    fast=(Recovery(learning_rate=1e-3, warmup=.05), 'wikitext2'),   # too fast: it harms at once
     labels=(replace(LORA, logits=0., labels=1.), 'wikitext2'),
     own=(LORA, 'self'),
     blocks=(replace(LORA, trains='all', learning_rate=5e-5), 'wikitext2'),
@@ -57,6 +58,7 @@ class Cell:
 
 EVERY = [Cell(m, s, 'lora', minutes, seed) for m in ('recipe', 'fasp') for s in (.2, .3, .5) for minutes in (5, 20, 60) for seed in (0, 1)]
 EVERY += [Cell('recipe', .3, form, minutes) for form in ('all', 'labels', 'own', 'blocks') for minutes in (20, 60)]
+EVERY += [Cell('recipe', .2, 'fast', 5)]
 EVERY += [Cell('recipe', s, 'all', minutes) for s in (.2, .5) for minutes in (20, 60)]
 # Bonsai's Phi-2 to under two billion parameters, on one card of 48 GB: 15,000 windows in steps of 128. Needs the weights.
 EVERY += [Cell('bonsai', .35, 'bonsai', model='microsoft/phi-2', steps=117)]

@@ -84,7 +84,9 @@ def test_a_recovery_belongs_to_a_cell(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = json.loads(path.read_text())
-    assert found['cell'] == asdict(module.CELLS[path.stem]) and found['recovery']['settings'] == found['settings']
+    cell = module.CELLS[path.stem]
+    assert found['cell'] == asdict(cell) and found['recovery']['settings'] == found['settings']
+    assert found['settings'] == asdict(module.replace(module.FORMS[cell.form][0], seed=cell.seed))
 
 
 def test_peaks_belong_to_cells_of_their_script():
