@@ -3,7 +3,10 @@ import io
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
+
+from tqdm.std import tqdm
 
 NAMED = ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate', 'os.chmod', 'os.link', 'os.symlink')  # audit events with a path first
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -66,6 +69,14 @@ class Operations:
         models._exchange = swap
 
 
+def lock_of_its_own():
+    "The lock of progress bars is shared by all forks, and one that is killed may hold it for ever: this process takes another."
+    kinds = [tqdm]
+    for kind in kinds:                                     # those below it may have found theirs before
+        kinds += kind.__subclasses__()
+        if kind is tqdm or '_lock' in vars(kind): kind.set_lock(threading.RLock())
+
+
 def forked(f, root=None, at=None, torn=False, environment={}, log=os.devnull):
     "Run `f()` in a forked process; its exit code (minus the signal that killed it) and its operations below `root`."
     r, w = os.pipe()
@@ -79,6 +90,7 @@ def forked(f, root=None, at=None, torn=False, environment={}, log=os.devnull):
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
         sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
+        lock_of_its_own()
         operations = root and Operations(root, at, torn)
         code = f()
         if root: os.write(w, '\n'.join(operations.seen).encode())

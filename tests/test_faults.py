@@ -16,6 +16,7 @@ import torch
 import yaml
 from helpers import tiny_model
 from killing import forked
+from tqdm.auto import tqdm
 
 from prunebook import bench as bench_module, cli
 from prunebook.bench import bench, compare, read_grid
@@ -69,6 +70,20 @@ def killed_everywhere(run, root, check):
             try: check()
             except BaseException as e: raise AssertionError(f'killed {"in" if torn else "before"} operation {n}, {what}: {names(root)}') from e
     return operations
+
+
+@needs_fork
+def test_a_run_that_is_killed_while_it_draws_a_bar_stops_no_other():
+    "As the killed run of a pool of threads did, which held the lock of tqdm: the next run waited for ever."
+    def killed():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    def draws():
+        signal.alarm(20)
+        return sum(tqdm(range(3))) - 3
+    tqdm.get_lock()                                        # made before the fork, so that both have the same one
+    assert forked(killed)[0] == -signal.SIGKILL
+    assert forked(draws)[0] == 0
 
 
 @needs_fork
