@@ -95,7 +95,7 @@ GOOD = {
         code('#| label: fig-a\n#| fig-cap: "A line [@one2020]"\n#| fig-alt: "A line"\ndouble(1)', result(image_png='aGk=', text_plain='2')),
         code('#| label: fig-b\n#| fig-cap: "B"\n#| fig-alt: "B"\n#| code-fold: true\na = 1\nb = 2\nc = 3\na + b + c', result(image_png='aGk=', text_plain='6')),
         md('$$b$$ {#eq-b}'),
-        code('#| exports\ndef four():\n    "Four (eq. b and a)."\n    return 4')),
+        code('#| exports\ndef _four():\n    "Four (eq. b and a)."\n    return 4')),
     'api.ipynb': notebook(md('# to be written again')),
 }
 
