@@ -88,14 +88,12 @@ GOOD = {
         code('#| exports\ndef thrice(\n    x, # a number\n):\n    "Three times `x` (eq. a)."\n    return 3*x'),
         code('#| export\nTWO = 2 # a number'),
         md('## Idea {#sec-idea}\n\n::: {.callout-note}\nA note on `double`.\n:::\n\n$$a = \\frac{1}{2}$$ {#eq-a}\n\n'
-           'See @eq-a, @fig-a, @tbl-a, [@one2020, p. 3], [home](index.ipynb), [entry](#double), '
+           'See @fig-a, @tbl-a, [@one2020, p. 3], [home](index.ipynb), [entry](#double), '
            '[site](https://mini.example.org/mini/method.html#sec-idea),\n'
            '[file](https://git.example.org/mini/mini/blob/main/settings.ini), [idea](#sec-idea) and `@not_a_citation`.\n\n'
            '![A plot](images/a.png)\n\n| a |\n|---|\n| 1 |\n\n: A table {#tbl-a}\n'),
         code('#| label: fig-a\n#| fig-cap: "A line [@one2020]"\n#| fig-alt: "A line"\ndouble(1)', result(image_png='aGk=', text_plain='2')),
-        code('#| label: fig-b\n#| fig-cap: "B"\n#| fig-alt: "B"\n#| code-fold: true\na = 1\nb = 2\nc = 3\na + b + c', result(image_png='aGk=', text_plain='6')),
-        md('$$b$$ {#eq-b}'),
-        code('#| exports\ndef _four():\n    "Four (eq. b and a)."\n    return 4')),
+        code('#| label: fig-b\n#| fig-cap: "B"\n#| fig-alt: "B"\n#| code-fold: true\na = 1\nb = 2\nc = 3\na + b + c', result(image_png='aGk=', text_plain='6'))),
     'api.ipynb': notebook(md('# to be written again')),
 }
 
