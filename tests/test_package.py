@@ -1,4 +1,6 @@
 """What is installed: the files beside the modules, and the looks of the figures."""
+import base64
+import io
 import json
 import os
 import subprocess
@@ -19,6 +21,7 @@ from prunebook.record import results_folder
 from prunebook.text import random_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'scripts'))
 
 
 def files(folder):
@@ -85,3 +88,19 @@ def test_figures_have_the_style_of_the_book_and_leave_that_of_the_reader(figure,
         drawn = {matplotlib.colors.to_hex(c) for c in colors}
         assert '#111111' not in drawn and '#4477aa' in drawn
         assert plt.rcParams['axes.spines.top'] and plt.rcParams['axes.prop_cycle'].by_key()['color'] == ['#111111']
+
+
+def test_pictures_are_sharp_on_any_screen():
+    "A notebook saves a figure with twice the dots of a screen, and the site shows it at half its size."
+    smoke_site = pytest.importorskip('smoke_site')
+    with plt.style.context('prunebook.book'):
+        fig, _ = plt.subplots()
+        file = io.BytesIO()
+        fig.savefig(file, format='png')
+        inches = fig.get_figwidth()
+    start = base64.b64encode(file.getvalue()).decode()[:400]
+    assert smoke_site.shown_width(start) == round(96*inches)
+    file = io.BytesIO()
+    fig.savefig(file, format='png', dpi=100)
+    assert smoke_site.shown_width(base64.b64encode(file.getvalue()).decode()[:400]) is None
+    assert smoke_site.PNG.search(f'<img alt="a" src="data:image/png;base64,{start}AAAA">')[1] == start
