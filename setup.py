@@ -45,8 +45,10 @@ setup(
         *(f'Programming Language :: Python :: {v}' for v in PYTHONS[PYTHONS.index(cfg['min_python']):]),
     ],
     python_requires='>=' + cfg['min_python'],
-    packages=find_packages(include=['prunebook', 'prunebook.*']),
-    package_data={'prunebook': ['passages/*.txt', 'figures/*', '*.py.txt', '*.mplstyle']},
+    packages=[*find_packages(include=['prunebook', 'prunebook.*']), 'prunebook.results'],
+    package_dir={'prunebook.results': 'results'},          # no second copy in the repository
+    package_data={'prunebook': ['passages/*.txt', 'figures/*', '*.py.txt', '*.mplstyle'],
+                  'prunebook.results': ['*.json', '*.yml', '*/*.json', '*/*.yml']},
     install_requires=words('requirements'),
     extras_require={'dev': words('dev_requirements'), 'eval': words('eval_requirements'), 'recover': words('recover_requirements')},
     entry_points={

@@ -318,7 +318,7 @@ def unwrapped(
 # %% ../nbs/03_couplings.ipynb #316a79e9
 @dataclass
 class Coupling:
-    "Units that tie rows of some first linears to columns of a second one."
+    "Units that tie rows of some first linears to columns of a second one (eq. coupled)."
     layer: int # block it belongs to
     kind: str # name of its kind of unit, a key of `UNITS`
     firsts: list # pairs (module name, row indices (units, rows))

@@ -94,7 +94,7 @@ def _column_moments(
     inner=None, # mean squares of the input of the second linear, (columns,), where they were measured
     form='paper', # `paper`, `code` or `measured`
 ):
-    "Second-moment score of every column of a second linear (eq. second to eq. attention), (columns,)."
+    "Second-moment score of every column of a second linear (eq. second, relu and attention), (columns,)."
     second = model.get_submodule(block.out if part == 'attention' else block.mlp_second)
     norm2 = weight_of(second).detach().float().pow(2).sum(0)
     known = part == 'attention' and form == 'paper' and inner is not None   # what the paper means

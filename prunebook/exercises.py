@@ -675,6 +675,145 @@ exercise('curvature-3', lambda F, theta: ('less', optimal_removal(F, theta, torc
     'Costs would add up if the curvature had no entry beside the diagonal.': lambda F, theta: ('equal', 1.)},
     draw=_two_weights, choices=('less', 'equal', 'more'))
 
+# %% ../nbs/66_exercises.ipynb #66el0c01
+_W3 = torch.tensor([[1., 10.], [2., 3.]])
+_A3, _G3 = torch.tensor([[5., 2.], [2., 1.]]), torch.tensor([[1., 3.], [3., 10.]])
+
+def _without(W, A, G, gone):
+    "Weights after the best removal of some of them, and what it costs, from the full curvature; float64."
+    where = gone.flatten().nonzero().flatten()
+    change, cost = optimal_removal(torch.kron(G, A).double(), W.flatten().double(), where)
+    return (W + change.view(W.shape)).masked_fill(gone, 0), cost
+
+def _without_one():
+    "Cost of the weight 10, and the new value of the weight beside it."
+    W, cost = _without(_W3, _A3, _G3, _W3 == 10)
+    return cost.item(), W[0, 0].item()
+
+exercise('elements-1', _without_one,
+    'The diagonal entries of the inverses are 10 and 5: ½·100/50 = 1. The change is -(10/50)·10·(-2) = 4.', {
+    'The factor ½ is missing.': lambda: (2., ...),
+    'This is the cost without G, as SparseGPT has it. Divide by the entry of the inverse of G, too.':
+        lambda: (10., ...),
+    'The entry of the inverse of A is missing below.': lambda: (5., ...),
+    'This is optimal brain damage. Take the diagonals of the inverses, and divide by them.': lambda: (50., ...),
+    'Right cost. The new value is asked, not the change.': lambda: (1., 4.),
+    'Right cost, wrong sign of the change.': lambda: (1., -3.)})
+
+# %% ../nbs/66_exercises.ipynb #66el0c02
+def _some_gone(gen):
+    "A weight (3, 4), its factors, and which weights go."
+    gone = torch.zeros(12, dtype=bool)
+    gone[torch.randperm(12, generator=gen)[:5]] = True
+    return _normal(gen, 3, 4), _moments_of(gen, 4), _moments_of(gen, 3), gone.view(3, 4)
+
+def _changes_added(W, A, G, gone):
+    "Each weight removed as if it left alone, and the changes added."
+    changes = [_without(W, A, G, torch.eye(12, dtype=bool)[i].view(3, 4))[0] - W for i in gone.flatten().nonzero()]
+    return (W + sum(changes)).masked_fill(gone, 0)
+
+exercise('elements-2', lambda W, A, G, gone: _without(W, A, G, gone)[0],
+    'One multiplier for each weight that leaves, from one system of equations.', {
+    'The weights are zero, but the others have not moved.': lambda W, A, G, gone: W.masked_fill(gone, 0),
+    'Each weight leaves here as if it left alone. Solve one system for all of their multipliers.': _changes_added,
+    'This is the update without G. Put the inverse of G into the system and into the change.':
+        lambda W, A, G, gone: _without(W, A, torch.eye(3), gone)[0],
+    'A belongs to the columns of W, G to its rows. This is the update without A.':
+        lambda W, A, G, gone: _without(W, torch.eye(4), G, gone)[0],
+    'This is the change. Add it to W.': lambda W, A, G, gone: _without(W, A, G, gone)[0] - W},
+    draw=_some_gone, function=True)
+
+# %% ../nbs/66_exercises.ipynb #66el0c03
+def _twins_in_a_row(gen):
+    "A row of four weights, and the second moments of its inputs; the first two inputs are nearly the same."
+    X = _normal(gen, 64, 4)
+    X[:, 1] = X[:, 0] + .3*X[:, 1]
+    return torch.tensor([2., 2., 1., 1.]), X.T @ X/64
+
+def _pair_rises(w, A):
+    "Cost of every pair that leaves together."
+    pairs = map(torch.tensor, combinations(range(4), 2))
+    return {tuple(p.tolist()): optimal_removal(A.double(), w.double(), p)[1].item() for p in pairs}
+
+def _cheapest_singles(w, A):
+    "The two weights of the least cost, in order, and their costs."
+    costs = torch.stack([optimal_removal(A.double(), w.double(), torch.tensor([i]))[1] for i in range(4)])
+    two = costs.argsort()[:2]
+    return tuple(two.sort().values.tolist()), costs[two].sum().item()
+
+def _least_rise(w, A): return min(_pair_rises(w, A).values())
+
+exercise('elements-3', lambda w, A: ('no', _least_rise(w, A)),
+    'Each twin is cheap as long as the other one stays. The best pair takes at most one of them.', {
+    'This is the pair of the least single costs. Try all six pairs.':
+        lambda w, A: (..., _pair_rises(w, A)[_cheapest_singles(w, A)[0]]),
+    'This is a sum of single costs. A pair has a cost of its own.':
+        lambda w, A: (..., _cheapest_singles(w, A)[1]),
+    'The factor ½ is missing.': lambda w, A: (..., 2*_least_rise(w, A)),
+    'Which weights have the two least single costs? Compare that pair with the best one.':
+        lambda w, A: ('yes', _least_rise(w, A))},
+    draw=_twins_in_a_row, choices=('yes', 'no'))
+
+# %% ../nbs/66_exercises.ipynb #66st0c01
+_W4 = torch.tensor([[2., 4.], [1., 3.]])
+_A4, _G4 = torch.tensor([[2., 1.], [1., 1.]]), torch.tensor([[1., -1.], [-1., 2.]])
+_cross = torch.tensor([[True, True], [False, True]])       # row 0 and column 1
+
+exercise('structures-1', lambda: _without(_W4, _A4, _G4, _cross)[0][1, 0],
+    'Without row 0, row 1 is (1, 3) - ½·(2, 4) = (0, 1). Without column 1, its first weight is 0 + ½·1.', {
+    'This is the published sum of both changes. Remove the column from what the first step has left.':
+        lambda: 1.5,
+    'This is after the removal of the row alone.': lambda: 0.,
+    'This is after the removal of the column alone.': lambda: 2.5,
+    'The weight that stays has not moved.': lambda: 1.})
+
+# %% ../nbs/66_exercises.ipynb #66st0c02
+def _rows_gone(gen):
+    "A weight (5, 3), its factors, and the rows that go."
+    return _normal(gen, 5, 3), _moments_of(gen, 3), _moments_of(gen, 5), torch.randperm(5, generator=gen)[:2]
+
+def _rows_cost(W, A, G, rows):
+    "What the rows cost together."
+    return _without(W, A, G, torch.zeros_like(W, dtype=bool).index_fill(0, rows, True))[1]
+
+def _trace(M, W, A, rows): return .5*(M.double() @ W[rows].double() @ A.double() @ W[rows].double().T).trace()
+
+exercise('structures-2', _rows_cost,
+    'The block of the inverse says how well the other rows can replace these two together.', {
+    'The factor ½ is missing.': lambda *x: 2*_rows_cost(*x),
+    'These are the costs of single rows, added. Together they cannot help each other.':
+        lambda W, A, G, rows: sum(_rows_cost(W, A, G, rows[[i]]) for i in range(2)),
+    'This is the cost without a move of the other rows. Invert G first, and take its block then.':
+        lambda W, A, G, rows: _trace(G[rows][:, rows], W, A, rows),
+    'The block of the inverse of G must be inverted.':
+        lambda W, A, G, rows: _trace(G.inverse()[rows][:, rows], W, A, rows),
+    'Invert G, then take the block: you took the block first.':
+        lambda W, A, G, rows: _trace(G[rows][:, rows].inverse(), W, A, rows)},
+    draw=_rows_gone, function=True)
+
+# %% ../nbs/66_exercises.ipynb #66st0c03
+def _scaled_inputs(gen):
+    "A weight (4, 5), its factors, and by how much each input is multiplied."
+    W = _normal(gen, 4, 5)
+    d = torch.tensor([3., .5, .2, 2., .8])
+    d[W.norm(dim=0).argmax()] = 40.                        # now the smallest column is another one
+    return W, _moments_of(gen, 5), _moments_of(gen, 4), d
+
+def _column_cost(W, A, G): return row_costs(W.T, G.double(), A.double().inverse())[0].item()
+
+exercise('structures-3', lambda W, A, G, d: ('norm', _column_cost(W/d, d[:, None]*A*d, G)),
+    'The layer computes the same, and its costs are in nats. The norm knows only one half of the product.', {
+    'The inputs are larger, so A changes, too: entry (i, j) by d_i·d_j.':
+        lambda W, A, G, d: (..., _column_cost(W/d, A, G)),
+    'Column c of W is divided by d_c.': lambda W, A, G, d: (..., _column_cost(W, d[:, None]*A*d, G)),
+    'The factor ½ is missing.': lambda W, A, G, d: (..., 2*_column_cost(W, A, G)),
+    'Compare the cost of column 0 with that before.': lambda W, A, G, d: ('both', _column_cost(W, A, G)),
+    'Your measurement is the cost before: it has not changed. What did the norm do?':
+        lambda W, A, G, d: ('cost', _column_cost(W, A, G)),
+    'Column c has the norm of before, divided by d_c. Which column is the smallest now?':
+        lambda W, A, G, d: ('neither', _column_cost(W, A, G))},
+    draw=_scaled_inputs, choices=('cost', 'norm', 'both', 'neither'))
+
 # %% ../nbs/66_exercises.ipynb #8c9077fc
 _W2 = torch.tensor([[1., 2.], [3., 1.]], dtype=torch.float64)
 _A2, _G2 = torch.tensor([[2., 1.], [1., 2.]]).double(), torch.tensor([[2., 0.], [0., 1.]]).double()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about', 'forms_table']
+           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about', 'results_folder', 'forms_table']
 
 # %% ../nbs/65_record.ipynb #r65c0004
 import json
@@ -22,6 +22,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+import prunebook
 from .evaluate import Perplexity, continuation, loss_difference, peak_memory, speed, weight_bytes, window_losses
 from .models import decoder_weights, n_parameters
 from .plan import _versions, model_fingerprint
@@ -363,13 +364,23 @@ def about(
     which = dict(model=portable(name), model_fingerprint=model_fingerprint(model), windows=[repr(w) for w in windows])
     return dict(which, cpu_seconds=round(cpu_seconds, 1), versions=_versions(), machine=machine(model))
 
+# %% ../nbs/65_record.ipynb #r65c0075
+def results_folder():
+    "The folder of the measured results, of a checkout or of the installed package. Raises `FileNotFoundError` without either."
+    package = Path(prunebook.__file__).resolve().parent
+    for folder in (package/'results', package.parent/'results'):
+        if (folder/'official.json').is_file(): return folder
+    raise FileNotFoundError(f'No results in {package} or beside it: install the package again '
+                            'with pip, or clone the repository and install from there.')
+
 # %% ../nbs/65_record.ipynb #p65c0001
 def forms_table(
     forms, # names of result files, without ending, by label; the others are compared with the first
-    folder='../results/p1', # where the files are
+    folder=None, # where the files are; `p1` of `results_folder` by default
 ):
     "Forms of a method as a Markdown table: sparsity, perplexity, and difference in nats from the first, paired by window."
-    paths = {label: Path(folder)/f'{name}.json' for label, name in forms.items()}
+    folder = results_folder()/'p1' if folder is None else Path(folder)
+    paths = {label: folder/f'{name}.json' for label, name in forms.items()}
     found = {label: json.loads(p.read_text(encoding='utf-8')) for label, p in paths.items() if p.exists()}
     first = found.get(next(iter(forms)))
     rows = [_form_row(label, found.get(label), first) for label in forms]

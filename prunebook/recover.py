@@ -557,7 +557,7 @@ def recover_blocks(
     device=None, # each block of the student visits this device; by default it stays where it is
     inplace=False, # change the student itself
 ):
-    """The student, whose blocks were trained in turn to give the dense model's states, and what was done.
+    """The student, whose blocks were trained in turn to give the dense model's states (eq. block), and what was done.
     Raises `ValueError` or `ImportError` before any work, and `RuntimeError` for a loss that is not finite."""
     dense = as_source(teacher)
     check_recovery(student, dense.model, windows, steps, replace(how, hidden=1.))

@@ -4,7 +4,8 @@ usage: python scripts/check_docs.py [SITE] [--root FOLDER]      SITE: folder to 
 
 The notebooks are read as they are saved, processed by nbdev, given to pandoc, and built by smalldocs (scripts/smoke_site.py). Checked are
 - saved notebooks: no error among the outputs, no path of the machine they ran on; a title, and nothing beside it that the page drops;
-  a labelled figure or table has a caption and an output, and a picture has a label; a sentence that ends in a colon is followed by something;
+  a labelled figure or table has a caption and an output, and a picture has a label; code that draws a figure is folded if it is long;
+  a sentence that ends in a colon is followed by something; every labelled equation is referred to;
 - pandoc: citations are known, TeX can be parsed, fenced divs are closed;
 - smalldocs: _quarto.yml has no unknown key and names no missing file;
 - built pages, and README.md: links and anchors lead somewhere, also within the site's own address and to files of the repository;
@@ -31,6 +32,7 @@ import smoke_site
 from site_files import source
 
 ROOT = Path(__file__).resolve().parent.parent
+UNFOLDED = 3  # lines that draw a figure and are not folded
 
 
 def twice(names): return [n for n, k in Counter(names).items() if k > 1]
@@ -60,15 +62,19 @@ def output_faults(cell, root):
 
 
 def option_faults(cell):
-    "Options can be read; a picture has a label; a cell labelled as a figure or table has a caption and a saved output."
-    try: options, _ = smoke_site.options_of(cell)
+    """Options can be read; a picture has a label; a cell labelled as a figure or table has a caption and a saved output.
+    A figure that takes many lines to draw is folded: a page shows what it computes, and not how that is drawn."""
+    try: options, drawing = smoke_site.options_of(cell)
     except yaml.YAMLError as e: return ['the #| options are not YAML: ' + ' '.join(str(e).split())]
     label = str(options.get('label', ''))
     kind = label.partition('-')[0]
     pictures = [o for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
     if kind not in ('fig', 'tbl'): return ['a picture has no label: it gets no number']*bool(pictures)
     captions = [k for k in options if k.startswith(f'{kind}-') and k.endswith('cap')]
-    return [f'{label} has no {kind}-cap']*(not captions) + [f'{label} has no saved output']*(not cell.get('outputs'))
+    in_sight = kind == 'fig' and not options.get('code-fold') and options.get('echo') is not False
+    long = in_sight and len(drawing.splitlines()) > UNFOLDED
+    return [*[f'{label} has no {kind}-cap']*(not captions), *[f'{label} has no saved output']*(not cell.get('outputs')),
+            *[f'{label} is drawn by more than {UNFOLDED} lines in sight: add "#| code-fold: true"']*long]
 
 
 def colon_faults(nb):
@@ -81,10 +87,19 @@ def colon_faults(nb):
         if open_end: yield f'a colon leads to nothing: {text[-60:]!r}'
 
 
+def equation_faults(nb):
+    "A labelled equation is referred to: by the prose, a caption or an answer as @eq-name, or by a docstring as (eq. name)."
+    texts = [source(c) for c in nb['cells']]
+    cited = {n for t in texts for n in re.findall(r'@eq-([\w-]+)', t)}
+    cited |= {n for t in texts for said in site_files.CITED.findall(t) for n in re.findall(r'[\w-]+', said)}
+    labels = dict.fromkeys(n for t in texts for n in re.findall(r'\{#eq-([\w-]+)', t))
+    return [f'nothing refers to equation eq-{n}' for n in labels if n not in cited]
+
+
 def saved_faults(nb, root):
     "Faults of a notebook as it is saved."
     cells = [(i, c) for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code']
-    return [*title_faults(nb), *colon_faults(nb), *(f'cell {i}: {said}' for i, c in cells for said in (*output_faults(c, root), *option_faults(c)))]
+    return [*title_faults(nb), *colon_faults(nb), *equation_faults(nb), *(f'cell {i}: {said}' for i, c in cells for said in (*output_faults(c, root), *option_faults(c)))]
 
 
 # ---- pandoc ---------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ usage: python scripts/smoke_site.py [SITE]      SITE: folder to write, _smoke by
 
 smalldocs, a renderer of `_quarto.yml` projects in pure Python, makes pages with the same themes, sidebar and stylesheet as Quarto. What
 it lacks is filled in before: pages get the names they have on the site; equations, figures and tables get numbers, and cross-references
-their text; a citation shows its key. MathJax is taken from .site-tools (`make site-tools`), never from a network; without it formulas
+their text; a citation shows its key; a picture with twice the dots of a screen is shown at half its size. MathJax is taken from .site-tools (`make site-tools`), never from a network; without it formulas
 stay TeX. Needs nbdev and smalldocs (Python 3.11 or later).
 """
+import base64
 import json
 import os
 import re
@@ -31,6 +32,7 @@ CITATION = re.compile(r'\[[^\[\]]*(?<!\w)@[a-zA-Z]\w*\d{4}\w*[^\[\]]*\]|(?<![\w\
 KNOWN = re.compile(r'unknown key (lang|bibliography|link-citations|respect-user-color-scheme)$|(html-math-method|code-tools) is ignored$'
                    r'|format\.html\.respect-user-color-scheme is ignored$|(output-file|nocite) is not read by smalldocs$'
                    r'|: broken link [^/]')  # of the text of a page, which check_docs.py finds on the built page
+PNG = re.compile(r'<img (?=[^>]*src="data:image/png;base64,([A-Za-z0-9+/]{400}))')
 CDN = re.compile(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?')
 MATHJAX = '''<script>window.MathJax = {tex: {packages: {'[-]': ['noundefined', 'noerrors']}}};</script>
 <script defer src="/.site-tools/mathjax/es5/tex-chtml-full.js"></script>'''  # without these packages, bad TeX is an error and not red text
@@ -130,6 +132,20 @@ def write_project(books, nbs, folder):
         (folder/f).write_text(text, encoding='utf-8')
 
 
+def shown_width(start):
+    "Width at which Quarto shows a PNG, of which this is the start: half of it at 192 dots per inch; otherwise None, as it is."
+    data = base64.b64decode(start)
+    number = lambda at: int.from_bytes(data[at:at + 4], 'big')
+    dots = data.find(b'pHYs') + 4                          # dots per metre
+    return number(16)//2 if dots > 3 and round(number(dots)*.0254) == 192 else None
+
+
+def shown_widths(site):
+    "Give the pictures of every page their widths."
+    def sized(m): return f'<img width="{w}" ' if (w := shown_width(m[1])) else m[0]
+    for p in site.glob('*.html'): p.write_text(PNG.sub(sized, p.read_text(encoding='utf-8')), encoding='utf-8')
+
+
 def local_math(site):
     "Take MathJax from the folder of tools instead of KaTeX from a network."
     for p in site.glob('*.html'):
@@ -150,6 +166,7 @@ def build(books, root, site):
         made.build()
         shutil.rmtree(site, ignore_errors=True)
         shutil.copytree(Path(project)/'_docs', site)
+    shown_widths(site)
     local_math(site)
     of_menus = lambda w: re.sub(r'^\S+: (broken link /)', r'\1', w)  # each once, and not for every page
     return list(dict.fromkeys(of_menus(w) for w in made.warnings if not KNOWN.search(w)))

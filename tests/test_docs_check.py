@@ -88,11 +88,12 @@ GOOD = {
         code('#| exports\ndef thrice(\n    x, # a number\n):\n    "Three times `x` (eq. a)."\n    return 3*x'),
         code('#| export\nTWO = 2 # a number'),
         md('## Idea {#sec-idea}\n\n::: {.callout-note}\nA note on `double`.\n:::\n\n$$a = \\frac{1}{2}$$ {#eq-a}\n\n'
-           'See @eq-a, @fig-a, @tbl-a, [@one2020, p. 3], [home](index.ipynb), [entry](#double), '
+           'See @fig-a, @tbl-a, [@one2020, p. 3], [home](index.ipynb), [entry](#double), '
            '[site](https://mini.example.org/mini/method.html#sec-idea),\n'
            '[file](https://git.example.org/mini/mini/blob/main/settings.ini), [idea](#sec-idea) and `@not_a_citation`.\n\n'
            '![A plot](images/a.png)\n\n| a |\n|---|\n| 1 |\n\n: A table {#tbl-a}\n'),
-        code('#| label: fig-a\n#| fig-cap: "A line [@one2020]"\n#| fig-alt: "A line"\ndouble(1)', result(image_png='aGk=', text_plain='2'))),
+        code('#| label: fig-a\n#| fig-cap: "A line [@one2020]"\n#| fig-alt: "A line"\ndouble(1)', result(image_png='aGk=', text_plain='2')),
+        code('#| label: fig-b\n#| fig-cap: "B"\n#| fig-alt: "B"\n#| code-fold: true\na = 1\nb = 2\nc = 3\na + b + c', result(image_png='aGk=', text_plain='6'))),
     'api.ipynb': notebook(md('# to be written again')),
 }
 
@@ -106,6 +107,7 @@ BAD_PAGE = notebook(
     md('$$\\frac{1}{$$'),
     code('#| label: fig-nocap\n1', result(image_png='aGk=')),
     code('#| label: fig-noout\n#| fig-cap: "C"\n1'),
+    code('#| label: fig-long\n#| fig-cap: "C"\n#| fig-alt: "D"\nfig, ax = 1, 2\na = 1\nb = 2\nc = 3', result(image_png='aGk=')),
     code('#| hide\n1', error()),
     code('1', result(text_plain="PosixPath('/home/someone/x')")),
     code('import math\nx = math.pi'),
@@ -133,6 +135,8 @@ FAULTS = {
     'missing image': 'bad.html: broken link images/none.png',
     'link within a link that nbdev makes': 'bad.html: a link is shown as text: ](method.ipynb#double)',
     'label given twice': 'id eq-twice is given more than once',
+    'long drawing in sight': 'fig-long is drawn by more than 3 lines in sight',
+    'label that nothing refers to': 'nothing refers to equation eq-twice',
     'label without a target': 'unresolved cross-reference @eq-lost',
     'reference to an unnumbered section': 'unresolved cross-reference @sec-s',
     'unknown citation': 'nobody1999',

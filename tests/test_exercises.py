@@ -100,7 +100,7 @@ def test_pages_ask_every_exercise_once_and_leave_it_open():
 def test_a_page_has_three_to_six():
     pages = [page for page, *_ in on_pages()]
     assert {p for p in pages} >= {'03_couplings', '04_plan', '10_scores', '15_repair', '20_fasp', '30_depth2',
-                                  '40_bonsai', '50_curvature', '52_surgeon', '68_experts', '70_recipe', '72_depth', '75_recover',
+                                  '40_bonsai', '50_curvature', '51_elements', '51a_structures', '52_surgeon', '68_experts', '70_recipe', '72_depth', '75_recover',
                                   'lab'}
     assert all(3 <= pages.count(p) <= 6 for p in pages)
 

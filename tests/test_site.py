@@ -146,6 +146,12 @@ TOO_WIDE = '''() => {
   return out.length ? out.slice(0, 5) : [`the page is ${document.documentElement.scrollWidth} wide`];
 }'''
 
+SHRUNK = '''() => [...document.querySelectorAll("main .cell-output-display img")].flatMap(e => {
+  const full = +e.getAttribute("width") || e.naturalWidth, style = getComputedStyle(e);
+  const width = e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  return width < .95*full ? [`a figure of ${full} pixels is shown at ${Math.round(width)}: ${e.alt.slice(0, 60)}`] : [];
+})'''
+
 
 def axe(page, rules):
     "What axe-core finds in the main part of the page; menus are the renderer's, and Quarto's are others."
@@ -164,7 +170,8 @@ def screenshot(page, name, **kw):
 
 @pytest.mark.parametrize('name', PAGES)
 def test_page(light, name):
-    "It opens without errors, its formulas are set, axe-core finds nothing, and at the width of a phone only tables, code and formulas scroll."
+    """It opens without errors, its formulas are set, axe-core finds nothing, and at the width of a phone only tables, code, formulas and figures scroll.
+    Figures keep their size there, and so does their text."""
     page = light.open(name)
     assert not page.evaluate(IS_DARK) and page.title() and page.locator('main h1').count() == 1
     assert not light.errors
@@ -174,7 +181,7 @@ def test_page(light, name):
         assert page.locator('mjx-merror, [data-mjx-error]').all_text_contents() == []
     problems = axe(page, RULES)
     page.set_viewport_size(PHONE)
-    problems += page.evaluate(TOO_WIDE)
+    problems += page.evaluate(TOO_WIDE) + page.evaluate(SHRUNK)
     screenshot(page, name, of=['phone'])
     page.set_viewport_size(DESK)
     assert not problems, '\n'.join(problems)
@@ -242,6 +249,7 @@ def test_figures_answer_the_keyboard(request, built, theme):
 
 BAD = """<!DOCTYPE html><html lang="en"><head><title>Bad</title>MATHJAX</head><body><main><h1>Bad</h1><h3>Too deep</h3>
 <p style="color: #ccc; background: #fff">pale</p><img src="/index.html.png"><p style="width: 900px">wide</p><span class="math inline">\\(\\frac{1}\\) \\(\\nothing\\)</span>
+<div class="cell-output-display"><img alt="wide" width="900" src="/favicon.svg" style="display: block; max-width: 100%; height: 9px"></div>
 <div class="pb-fig"><button>dead</button><output>1</output></div><div class="pb-fig"><output>1</output></div>
 <div class="pb-fig"><button onclick="this.nextSibling.textContent++">alive</button><output>1</output></div><script>missing()</script></main></body></html>"""
 
@@ -256,9 +264,9 @@ def test_faults_are_found(light, built):
     assert any('missing is not defined' in e for e in light.errors) and any(e.startswith('404') for e in light.errors)
     if (TOOLS/'mathjax').exists(): assert page.locator('mjx-merror, [data-mjx-error]').count() >= 2
     page.set_viewport_size(PHONE)
-    wide = page.evaluate(TOO_WIDE)
+    wide, shrunk = page.evaluate(TOO_WIDE), page.evaluate(SHRUNK)
     page.set_viewport_size(DESK)
-    assert any(w.startswith('P. ends at') for w in wide)
+    assert any(w.startswith('P. ends at') for w in wide) and len(shrunk) == 1 and 'of 900 pixels' in shrunk[0]
     found = {p.split(':')[0] for p in axe(page, RULES)}
     assert {'color-contrast', 'image-alt', 'heading-order'} <= found
 
