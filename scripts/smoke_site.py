@@ -29,7 +29,7 @@ KINDS = dict(eq='Equation', fig='Figure', tbl='Table')
 CODE = re.compile(r'(^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\2[`~]*[ \t]*$|`+[^`\n]+`+)', re.M | re.S)
 XREF = re.compile(r'(?<![\w@])-?@((?:fig|tbl|eq|sec|lst|thm|lem|exm|exr)-[\w-]+)')
 CITATION = re.compile(r'\[[^\[\]]*(?<!\w)@[a-zA-Z]\w*\d{4}\w*[^\[\]]*\]|(?<![\w\[;@-])@[a-zA-Z]\w*\d{4}\w*')
-KNOWN = re.compile(r'unknown key (lang|bibliography|link-citations|respect-user-color-scheme)$|(html-math-method|code-tools) is ignored$'
+KNOWN = re.compile(r'unknown key (lang|bibliography|link-citations|respect-user-color-scheme)$|(html-math-method|code-tools|fig-format|fig-dpi) is ignored$'
                    r'|format\.html\.respect-user-color-scheme is ignored$|(output-file|nocite) is not read by smalldocs$'
                    r'|: broken link [^/]')  # of the text of a page, which check_docs.py finds on the built page
 PNG = re.compile(r'<img (?=[^>]*src="data:image/png;base64,([A-Za-z0-9+/]{400}))')

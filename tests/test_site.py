@@ -146,11 +146,19 @@ TOO_WIDE = '''() => {
   return out.length ? out.slice(0, 5) : [`the page is ${document.documentElement.scrollWidth} wide`];
 }'''
 
-SHRUNK = '''() => [...document.querySelectorAll("main .cell-output-display img")].flatMap(e => {
-  const full = +e.getAttribute("width") || e.naturalWidth, style = getComputedStyle(e);
-  const width = e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
-  return width < .95*full ? [`a figure of ${full} pixels is shown at ${Math.round(width)}: ${e.alt.slice(0, 60)}`] : [];
-})'''
+SHRUNK = '''() => {
+  const out = [];
+  for (const e of document.querySelectorAll("main .cell-output-display img")) {
+    const full = +e.getAttribute("width") || e.naturalWidth, style = getComputedStyle(e);
+    const width = e.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    if (width < .95*full) out.push(`a figure of ${full} pixels is shown at ${Math.round(width)}: ${e.alt.slice(0, 60)}`);
+  }
+  for (const e of document.querySelectorAll("main .pb-fig svg text")) {
+    const size = parseFloat(getComputedStyle(e).fontSize)*e.getScreenCTM().a;
+    if (size < 10) { out.push(`text of ${size.toFixed(1)} pixels in a figure: ${e.textContent.slice(0, 60)}`); break; }
+  }
+  return out;
+}'''
 
 
 def axe(page, rules):
@@ -250,7 +258,7 @@ def test_figures_answer_the_keyboard(request, built, theme):
 BAD = """<!DOCTYPE html><html lang="en"><head><title>Bad</title>MATHJAX</head><body><main><h1>Bad</h1><h3>Too deep</h3>
 <p style="color: #ccc; background: #fff">pale</p><img src="/index.html.png"><p style="width: 900px">wide</p><span class="math inline">\\(\\frac{1}\\) \\(\\nothing\\)</span>
 <div class="cell-output-display"><img alt="wide" width="900" src="/favicon.svg" style="display: block; max-width: 100%; height: 9px"></div>
-<div class="pb-fig"><button>dead</button><output>1</output></div><div class="pb-fig"><output>1</output></div>
+<div class="pb-fig"><button>dead</button><output>1</output></div><div class="pb-fig"><svg viewBox="0 0 4000 9" width="300"><text y="9">tiny</text></svg><output>1</output></div>
 <div class="pb-fig"><button onclick="this.nextSibling.textContent++">alive</button><output>1</output></div><script>missing()</script></main></body></html>"""
 
 
@@ -266,7 +274,8 @@ def test_faults_are_found(light, built):
     page.set_viewport_size(PHONE)
     wide, shrunk = page.evaluate(TOO_WIDE), page.evaluate(SHRUNK)
     page.set_viewport_size(DESK)
-    assert any(w.startswith('P. ends at') for w in wide) and len(shrunk) == 1 and 'of 900 pixels' in shrunk[0]
+    assert any(w.startswith('P. ends at') for w in wide) and len(shrunk) == 2
+    assert 'of 900 pixels' in shrunk[0] and shrunk[1].endswith('pixels in a figure: tiny')
     found = {p.split(':')[0] for p in axe(page, RULES)}
     assert {'color-contrast', 'image-alt', 'heading-order'} <= found
 
