@@ -104,3 +104,10 @@ def test_pictures_are_sharp_on_any_screen():
     fig.savefig(file, format='png', dpi=100)
     assert smoke_site.shown_width(base64.b64encode(file.getvalue()).decode()[:400]) is None
     assert smoke_site.PNG.search(f'<img alt="a" src="data:image/png;base64,{start}AAAA">')[1] == start
+
+
+def test_pages_that_draw_use_the_style_of_the_book():
+    pages = {p.name: json.loads(p.read_text(encoding='utf-8'))['cells'] for p in (ROOT/'nbs').glob('*.ipynb')}
+    code = {name: '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code') for name, cells in pages.items()}
+    drawing = {name for name, text in code.items() if 'plt.subplots(' in text}
+    assert len(drawing) > 20 and [name for name in drawing if "plt.style.use('prunebook.book')" not in code[name]] == []
