@@ -298,9 +298,12 @@ def refit(
         right = linear(m, p.f, d) + brief(12*m*p.f + 8*p.f*d) + hold(8*m*d)
         return right + solve(m, d, 2) + hold(-8*m*d)
     size = size or (8 if job.double else 4)
-    lost = linear(m, gone, d) + brief(size*m*gone + (size + job.size)*gone*d) + hold(size*m*d)
-    old = brief(4*m*m) if size == 8 else Work()            # the matrix, before it is converted
-    return lost + hold(old.peak) + solve(m, d, 2, size) + hold(-old.peak - size*m*d)
+    product = linear(m, gone, d)
+    old = 4*m*m if size == 8 else 0                        # the matrix, before it is converted
+    begin = brief((size + job.size)*gone*d) + hold(size*gone*(m + d))
+    fit = hold(old) + solve(m, min(gone, d), 2, size) + hold(-old)
+    if gone < d: return begin + fit + product + brief(size*m*(gone + d)) + hold(-size*gone*(m + d))
+    return begin + product + hold(size*m*(d - gone)) + fit + hold(-size*(m*d + gone*d))
 
 # %% ../nbs/09_estimate.ipynb #l15e0005
 def aimed(

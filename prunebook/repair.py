@@ -142,8 +142,11 @@ def restore(self: Ridge,
     if dtype is None: dtype = self.precision(W)
     gone[keep] = False
     gone = gone.nonzero()[:, 0]
-    lost = _as(C[keep[:, None], gone], dtype) @ _as(W[:, gone.to(W.device)], dtype).T        # (m, d)
-    change = _solve(self, kept, lost, None, dtype).T                                         # (d, m)
+    right, left = _as(C[keep[:, None], gone], dtype), _as(W[:, gone.to(W.device)], dtype)
+    few = len(gone) < len(W)                               # fewer columns are removed than there are outputs
+    if not few: right = right @ left.T                     # (m, d)
+    change = _solve(self, kept, right, None, dtype).T      # (d, m), or (f - m, m)
+    if few: change = _as(left, change.dtype) @ change
     return _as(_as(W[:, keep.to(W.device)], dtype) + _as(change, dtype), W.dtype).to(W)
 
 # %% ../nbs/15_repair.ipynb #d15r0013
