@@ -79,7 +79,7 @@ def _in_play(
     share, # share of the units of a coupling that is in play: twice what one round removes
     published=False, # count as the published code does
 ):
-    "True for the units that may leave in this round: the weakest of each coupling, (units,), bool."
+    "True for the units that may be removed in this round: the weakest of each coupling, (units,), bool."
     pools = []
     for c, s in zip(table, _split(prior, table)):
         pool = torch.zeros(c.n_units, dtype=bool)
@@ -103,7 +103,7 @@ def _published_pairs(
     pairs, # number of pairs
     gen, # torch `Generator`
 ):
-    "Complementary masks as in the published code, True where a unit leaves, (pairs, 2, units)."
+    "Complementary masks as in the published code, True where a unit is removed, (pairs, 2, units)."
     masks = torch.zeros(pairs, 2, len(prior), dtype=bool)
     for c, s, p, m in zip(table, _split(prior, table), _split(pool, table), _split(masks, table)):
         n = min(int(c.n_units*share/2) + 1, c.n_units - c.groups)
@@ -178,7 +178,7 @@ def _best(masks, found):
 def sub_model_losses(
     model, # a causal language model
     table, # couplings of `model`
-    masks, # True where a unit leaves, (n, units)
+    masks, # True where a unit is removed, (n, units)
     texts, # token ids that each sub-model reads, n tensors (windows, seqlen)
     batch_size=8, # windows in a forward pass
     log=None, # log of evaluations to continue
@@ -364,7 +364,7 @@ def _explained(self:Bonsai, entry):
 
 # %% ../nbs/40_bonsai.ipynb #603f854f
 def _within(table, scores, budget):
-    "Bundles that leave each coupling: the weakest of all, as many as the budget holds, and at least one; by name."
+    "Bundles removed from each coupling: the weakest of all, as many as the budget holds, and at least one; by name."
     queue = []
     for i, c in enumerate(table):
         worth = bundles(c, scores[c.name])[1]/(c.cost*c.groups)

@@ -82,7 +82,7 @@ def _share_of_size(self:Budget, model, table, total):
 # %% ../nbs/07a_budget.ipynb #b07a0017
 @dataclass
 class SpeedTable:
-    "Seconds of the parts of a model on this machine, and what a block saves when units leave."
+    "Seconds of the parts of a model on this machine, and what a block saves when units are removed."
     phase: str # `prefill` or `decode`
     outside: float # seconds outside of the blocks
     block: float # seconds of a dense block

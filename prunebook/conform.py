@@ -37,7 +37,7 @@ def random_kept(
 def combinations(
     model, # a causal language model of `transformers`
 ):
-    "Tuples of kinds of units that can leave a model at the same time."
+    "Tuples of kinds of units that can be removed from a model at the same time."
     found = {part: [k for k in kinds_of(model) if UNITS[k].part == part] for part in PARTS}
     pairs = [(a, b) for p, q in combinations_of(PARTS, 2) for a in found[p] for b in found[q]]
     return [*((k,) for k in kinds_of(model)), *pairs]

@@ -107,7 +107,7 @@ class Family:
     attributes: tuple = (('num_key_value_groups', lambda b: b.heads//b.kv_heads),)
     layout: Separate = None # how q, k and v lie in `qkv`; `Separate` for three linears, `Fused` for one
     mlp_parts: int = 1 # matrices in each of `mlp_firsts`, one above the other, with a row for each channel
-    heads_stay: str = '' # why heads cannot leave, if so; or a function of the configuration that says it
+    heads_stay: str = '' # why heads cannot be removed, if so; or a function of the configuration that says it
     adds: bool = True # outputs of second linears are added to the stream; False if a norm or gate is between
     tuples: bool = False # a block returns a tuple, and the state is its first entry
     activation: str = '' # name of the MLP's activation in `transformers`, where the configuration has none
@@ -388,7 +388,7 @@ class Unit:
     def groups(self, b): return 1                          # the same number of units must stay in each
     def fewest(self, b): return self.least                 # units that stay in each group at least, in one block
     def overlaps(self, other): return self.part == other.part   # whether both kinds own the same columns
-    def refusal(self, shapes): return None                 # why it cannot leave these blocks
+    def refusal(self, shapes): return None                 # why it cannot be removed from these blocks
     def refresh(self, model, b): pass                      # what modules know about the block, after a cut
     def masked(self, model, coupling, kept): return zeroed_columns(model, coupling, kept)   # while it computes
     def cut(self, model, coupling, units): drop_units(model, coupling, units)               # of its tensors
@@ -399,7 +399,7 @@ def cost(self:Unit,
     model, # a causal language model of `transformers`
     b, # one of its blocks
 ):
-    "Parameters that leave with one unit, biases included."
+    "Parameters that are removed with one unit, biases included."
     per_row = lambda m: weight_of(m).shape[1] + (m.bias is not None)
     name, columns = self.second(b)
     rows = sum(t.shape[1]*per_row(model.get_submodule(n)) for n, t in self.firsts(b))
@@ -414,7 +414,7 @@ class MLPChannel(Unit):
     def left(self, b, n): return replace(b, mlp_width=n)
 
     def refusal(self, shapes):
-        "Why it cannot leave these blocks, or None."
+        "Why it cannot be removed from these blocks, or None."
         if any(b.has('mlp') for b in shapes): return
         return ('This model has no MLP of linear layers (its experts are units of another kind); '
                 f'{self.name} cannot be cut. Name units of attention alone, for example units=["value_channel"].')
@@ -428,7 +428,7 @@ class AttentionUnit(Unit):
     def groups(self, b): return b.kv_heads
 
     def refusal(self, shapes):
-        "Why it cannot leave these blocks, or None."
+        "Why it cannot be removed from these blocks, or None."
         f = shapes[0].family
         if f.layout.rows is None:
             return (f'{f.qkv[0]} holds q, k and v, and its adapter does not say in which order; '
@@ -462,7 +462,7 @@ class QueryHead(AttentionUnit):
     def left(self, b, n): return replace(b, heads=n)
 
     def refusal(self, shapes):
-        "Why it cannot leave these blocks, or None."
+        "Why it cannot be removed from these blocks, or None."
         if all(b.heads == b.kv_heads for b in shapes):
             return 'This model has one query head per key-value head; use kv_group.'
         return super().refusal(shapes)
@@ -485,7 +485,7 @@ class ValueChannel(AttentionUnit):
         return b.out, torch.arange(b.heads*v).view(K, -1, v).transpose(1, 2).reshape(K*v, -1)
 
     def refusal(self, shapes):
-        "Why it cannot leave these blocks, or None."
+        "Why it cannot be removed from these blocks, or None."
         f = shapes[0].family
         beside = [p for p in (f.qkv[-1], f.out) if p.rpartition('.')[0] != f.attention]
         if beside: return f'{beside[0]} is not directly in {f.attention}; value channels cannot be cut.'
@@ -503,7 +503,7 @@ def known_units():
     return UNITS
 
 def _units(shapes, kinds):
-    "Kinds of units by name. Raises `ValueError` for one that is unknown, overlaps another, or cannot leave."
+    "Kinds of units by name. Raises `ValueError` for one that is unknown, overlaps another, or cannot be removed."
     for k in kinds:
         if k not in UNITS and k not in known_units():
             raise ValueError(f'Unknown kind of unit {k!r}; there are {", ".join(UNITS)}.')
@@ -532,7 +532,7 @@ def couplings(
     model, # a causal language model of `transformers`
     kinds=('mlp_channel', 'kv_group'), # kinds of units; at most one of attention and one of the MLP
 ):
-    "The couplings of every block, attention before MLP. Raises `ValueError` for kinds that cannot leave."
+    "The couplings of every block, attention before MLP. Raises `ValueError` for kinds that cannot be removed."
     kinds, shapes = (kinds,) if isinstance(kinds, str) else tuple(kinds), anatomy(model)
     units = sorted(_units(shapes, kinds), key=lambda u: PARTS.index(u.part))
     return [coupling_of(model, b, u) for b in shapes for u in units if b.has(u.part)]
@@ -540,7 +540,7 @@ def couplings(
 def kinds_of(
     model, # a causal language model of `transformers`
 ):
-    "Names of all kinds of units that can leave this model one by one. Whole parts (`prunebook.depth`) are not listed."
+    "Names of all kinds of units that can be removed from this model one by one. Whole parts (`prunebook.depth`) are not listed."
     shapes = anatomy(model)
     return [k for k, u in known_units().items() if u.least and not u.refusal(shapes)]
 

@@ -114,10 +114,10 @@ def losses_without(
 
 # %% ../nbs/72_depth.ipynb #de200025
 def _leaving(
-    groups, # lists of couplings that leave together, in order
+    groups, # lists of couplings that are removed together, in order
     needed, # parameters that must go
 ):
-    "Names of couplings that leave, at least `needed` parameters of them."
+    "Names of couplings that are removed, at least `needed` parameters of them."
     size = lambda g: sum(c.freed(c.n_units) for c in g)
     gone, rest = [], needed
     for g in groups:
@@ -131,7 +131,7 @@ def _leaving(
 @dataclass
 class _Parts(Method):
     "What methods have in common that remove whole parts."
-    units: tuple[str, ...] = setting(WHOLE_PARTS, is_a='a tuple of kinds') # kinds of parts that leave
+    units: tuple[str, ...] = setting(WHOLE_PARTS, is_a='a tuple of kinds') # kinds of parts that are removed
     restore: bool = True # re-fit every second linear that stays, towards the stream of the dense model
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits, as for the recipe; it grows with the text by default
 
@@ -156,7 +156,7 @@ class _Parts(Method):
 class BlockInfluence(_Parts):
     "Whole blocks, or parts of them, by how little they turn the stream (ShortGPT)."
     name = 'block_influence'
-    level: Literal['block', 'part'] = 'block' # what leaves together: a whole block, or attention and MLP on their own
+    level: Literal['block', 'part'] = 'block' # what is removed together: a whole block, or attention and MLP on their own
     PUBLISHED = dict(published=dict(restore=False))
 
     def prepare(self, ctx):
@@ -177,7 +177,7 @@ class Removal(_Parts):
     name = 'removal'
     measure_windows: int = setting(8, least=1, is_a='a number of windows') # calibration windows on which losses are measured, the last ones
     measure_seqlen: int = setting(256, least=2, is_a='a number of tokens, at least 2') # their first tokens
-    at_once: int = setting(1, least=1, is_a='a number of parts') # parts that leave before losses are measured again
+    at_once: int = setting(1, least=1, is_a='a number of parts') # parts that are removed before losses are measured again
     PUBLISHED = dict(published=dict(restore=False))
 
     @property

@@ -236,7 +236,7 @@ def _nth(ladder, count, n):
 
 @patch
 def _head_steps(self:Depth2, table, value_dim, scores):
-    "How many bundles of heads leave each coupling, by τ, number or share."
+    "How many bundles of heads each coupling loses, by τ, number or share."
     if self.head_share is not None:
         size = {c.name: c.n_units//c.groups for c in table}
         return {n: min(round(s*self.head_share), s - 1) for n, s in size.items()}
@@ -248,7 +248,7 @@ def _head_steps(self:Depth2, table, value_dim, scores):
 
 @patch
 def _steps(self:Depth2, table, value_dim, scores, sparsity, total):
-    "How many bundles leave each coupling: heads as they are asked for, and MLP channels for the rest."
+    "How many bundles each coupling loses: heads as they are asked for, and MLP channels for the rest."
     if not self._asked(): return uniform_steps(table, sparsity, total)
     attention, mlp = ([c for c in table if c.part == p] for p in ('attention', 'mlp'))
     steps = self._head_steps(attention, value_dim, scores)
@@ -300,7 +300,7 @@ def prepare(self:Depth2, ctx):
 
 @patch
 def allocate(self:Depth2, ctx):
-    "How many bundles leave each coupling."
+    "How many bundles each coupling loses."
     return self._steps(ctx.table, ctx.found.shapes[0].value_dim, ctx.found.heads, ctx.sparsity, ctx.total)
 
 @patch

@@ -77,7 +77,7 @@ def _remove_together(
 
 # %% ../nbs/51_elements.ipynb #2cf1c072
 def _chunks_of_rows(
-    gone, # number of weights that leave each row, (out,)
+    gone, # number of weights removed from each row, (out,)
     size, # weights in a chunk, more only where a single row has more
 ):
     "Slices of consecutive rows."
@@ -272,16 +272,16 @@ def _same_share(
     sizes, # number of weights of each matrix, by name
     sparsity, # fraction of all of them that goes
 ):
-    "How many weights leave each matrix if all give the same share, together rounded up; dict by name."
+    "How many weights each matrix loses if all give the same share, together rounded up; dict by name."
     edges = [math.ceil(sparsity*e - 1e-6) for e in torch.tensor([0, *sizes.values()]).cumsum(0).tolist()]
     return {n: b - a for n, a, b in zip(sizes, edges, edges[1:])}
 
 # %% ../nbs/51_elements.ipynb #b476b688
 def _one_threshold(
     costs, # cost of each weight of each matrix, by name
-    gone, # number of weights that leave
+    gone, # number of weights that are removed
 ):
-    "How many weights leave each matrix if the cheapest of all leave; dict by name."
+    "How many weights each matrix loses if the cheapest of all are removed; dict by name."
     if gone == 0: return dict.fromkeys(costs, 0)
     edge = torch.cat([c.flatten().float() for c in costs.values()]).kthvalue(gone).values
     counts = {n: (c.float() < edge).sum().item() for n, c in costs.items()}
@@ -309,7 +309,7 @@ def _moments(stage):
 
 # %% ../nbs/51_elements.ipynb #e27ac399
 def _counts(linears, sparsity, factors, allocation, damp, damp_g):
-    "How many weights leave each linear."
+    "How many weights each linear loses."
     sizes = {n: weight_of(l).numel() for n, l in linears.items()}
     if allocation == 'uniform': return _same_share(sizes, sparsity)
     if allocation != 'global': raise ValueError(f'allocation is {allocation!r}; it is "uniform" or "global".')

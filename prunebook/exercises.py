@@ -1184,7 +1184,7 @@ def _block_scores(gen):
     return torch.rand(3, 8, generator=gen)*torch.tensor([[.1], [.5], [1.]]), _whole(gen, 9, 15)
 
 def _one_by_one(scores, n):
-    "How many channels leave each block if the weakest of all leaves again and again."
+    "How many channels each block loses if the weakest of all is removed again and again."
     left, counts = [sorted(row) for row in scores.tolist()], [0]*len(scores)
     for _ in range(n):
         block = min((b for b in range(len(left)) if len(left[b]) > 1), key=lambda b: left[b][0])

@@ -80,14 +80,14 @@ class Expert(Unit):
     def fewest(self, b): return b.top_k                    # the router chooses so many
 
     def cost(self, model, b):
-        "Parameters that leave with one expert."
+        "Parameters that are removed with one expert."
         if (getattr(text_config(model), 'n_group', 1) or 1) > 1:
             raise ValueError('n_group is above 1: the router keeps its experts in groups, and prunebook cannot remove any.')
         modules = (model.get_submodule(b.path(p)) for p in (b.family.experts, b.family.router))
         return sum(p.numel() for m in modules for p in m.parameters() if b.n_experts in p.shape)//b.n_experts
 
     def refusal(self, shapes):
-        "Why it cannot leave these blocks, or None."
+        "Why it cannot be removed from these blocks, or None."
         if not any(b.has('experts') for b in shapes): return 'This model has no experts that its adapter knows.'
 
     def masked(self, model, coupling, kept):

@@ -128,7 +128,7 @@ def removal_order(
     groups=1, # consecutive groups of heads, each of which keeps at least one
     leaves='further', # of a pair the head that is further from all others, or the `first`, by number
 ):
-    "Heads in the order in which Algorithm 2 removes them as τ grows, as pairs (head, distance to its twin)."
+    "Heads in the order in which Algorithm 2 removes them as τ grows, as pairs (head, distance to the most similar head)."
     size, total = len(D)//groups, D.sum(0).tolist()
     alive, left = [True]*len(D), [size]*groups
     pairs = [(D[i][j].item(), i, j) for i in range(len(D)) for j in range(i + 1, len(D))]
@@ -150,14 +150,14 @@ def _removals(
     pairs='closest', # in which order pairs are looked at, and which of a pair leaves (see `Depth2`)
     tau=None, # threshold, which the order of rows needs
 ):
-    "Units that leave, as pairs (unit, distance to its twin)."
+    "Units that are removed, as pairs (unit, distance to the most similar unit)."
     if pairs == 'rows': return heads_by_rows(D, tau, groups)
     return removal_order(D, groups, 'further' if pairs == 'closest' else 'first')
 
 def _similarity_scores(
     coupling, # coupling of query heads or key-value groups
     D, # distances of the query heads of its block, (heads, heads)
-    bound=math.log(2)**.5, # score of heads that never leave: the largest possible distance
+    bound=math.log(2)**.5, # score of heads that are never removed: the largest possible distance
     **rule, # `pairs` and `tau` of `_removals`
 ):
     "Score of each unit: the τ at which Algorithm 2 removes it, float64, (units,)."

@@ -260,7 +260,7 @@ def heads_figure(
     live=False, # widgets that read more or less text
     **measured, # arguments of `measure_heads` where it is to be measured now
 ):
-    "Move the threshold, and see which heads of a block leave for a twin that stays."
+    "Move the threshold, and see which heads of a block are removed, and the most similar head that stays."
     if live:
         n = _slide(widgets.IntSlider, 1, 1, len(measured['windows']), 1, 'Windows read')
         return _live(heads_figure, measure_heads, measured, n=n)

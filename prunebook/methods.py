@@ -140,7 +140,7 @@ MODULES = _BASELINES | _CHAPTERS | _WHOLE # where the methods of this package li
 @dataclass
 class Method:
     "A pruning method: subclass it, with a `name`, settings, and what differs from the defaults."
-    units: tuple[str, ...] = setting(('mlp_channel',), is_a='a tuple of kinds') # kinds of units that leave
+    units: tuple[str, ...] = setting(('mlp_channel',), is_a='a tuple of kinds') # kinds of units that are removed
     restore: bool = False # re-fit the kept columns by least squares
     damp: float = setting(None, least=0, is_a='a fraction, at least 0, or None') # ridge; `damp_for(tokens)` by default
     towards: Literal['weights', 'zero'] = 'weights' # what the ridge pulls to

@@ -43,7 +43,7 @@ def bundles(
     coupling, # the coupling
     scores, # score of each unit, (units,)
 ):
-    "Units in the order they leave, (steps, groups), and the score of each step. Raises `ValueError` for NaN."
+    "Units in the order in which they are removed, (steps, groups), and the score of each step. Raises `ValueError` for NaN."
     check_numbers(scores, f'scores of {coupling.name}')
     by_group = scores.cpu().double().view(coupling.groups, -1)
     values, order = by_group.sort(dim=1, stable=True)
@@ -54,9 +54,9 @@ def bundles(
 def keep_after(
     coupling, # the coupling
     scores, # score of each unit, (units,)
-    steps, # bundles that leave
+    steps, # bundles that are removed
 ):
-    "Sorted indices of the units that stay when the `steps` weakest bundles have left."
+    "Sorted indices of the units that stay when the `steps` weakest bundles are removed."
     order, _ = bundles(coupling, scores)
     return order[steps:].flatten().sort().values.tolist()
 
@@ -64,7 +64,7 @@ def keep_after(
 def rungs(
     coupling, # the coupling
 ):
-    "How many bundles may leave, ascending: none, or so many that a multiple of `coupling.multiple` stays; all where `coupling.least` is 0."
+    "How many bundles may be removed, ascending: none, or so many that a multiple of `coupling.multiple` stays; all where `coupling.least` is 0."
     n, m = coupling.n_units//coupling.groups, coupling.multiple
     return [0, *range(n - (n - 1)//m*m, n - max(1, coupling.least) + 1, m), *[n]*(coupling.least == 0)]
 
@@ -72,7 +72,7 @@ def rungs(
 def check_multiples(
     table, # couplings that may give units
 ):
-    "Raises `ValueError` for a kind of unit of which nothing could leave because of its multiple."
+    "Raises `ValueError` for a kind of unit of which nothing could be removed because of its multiple."
     stuck = {c.kind: c for c in table if len(rungs(replace(c, multiple=1))) > 1}
     for c in table:
         if len(rungs(c)) > 1: stuck.pop(c.kind, None)
@@ -118,7 +118,7 @@ def _removed(table, steps):
     return sum(c.freed(c.groups*steps[c.name]) for c in table)
 
 def _share_out(table, budget):
-    "Bundles that leave at the smallest common share with which at least `budget` parameters go."
+    "Bundles that are removed at the smallest common share with which at least `budget` parameters go."
     ladders = {c.name: (c.n_units//c.groups, rungs(c)) for c in table}
     def first(ladder, least): return ladder[min(bisect_left(ladder, least - 1e-9), len(ladder) - 1)]
     def at(share): return {n: first(ladder, size*share) for n, (size, ladder) in ladders.items()}
@@ -149,7 +149,7 @@ def uniform_steps(
     sparsity, # fraction of decoder parameters to remove
     total, # parameters of the decoder linears
 ):
-    "How many bundles leave each coupling at the same share everywhere (eq. adjust); dict by coupling name."
+    "How many bundles each coupling loses at the same share everywhere (eq. adjust); dict by coupling name."
     check_sparsity(sparsity, table, total)
     needed = sparsity*total
     if not needed: return {c.name: 0 for c in table}
@@ -174,7 +174,7 @@ def global_steps(
     sparsity, # fraction of decoder parameters to remove
     total, # parameters of the decoder linears
 ):
-    "How many bundles leave each coupling under one threshold on score per parameter; dict by coupling name."
+    "How many bundles each coupling loses under one threshold on score per parameter; dict by coupling name."
     check_sparsity(sparsity, table, total)
     queue = []
     for i, c in enumerate(table):

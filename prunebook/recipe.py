@@ -94,7 +94,7 @@ def _cost_curve(
     n, # units of the block
     points, # probes: ascending pairs of units that left and divergence
 ):
-    "Divergence when 0, 1, ... n units have left and all others are whole (eq. power), float64, (n + 1,)."
+    "Divergence when 0, 1, ... n units are removed and all others are whole (eq. power), float64, (n + 1,)."
     x, y = torch.tensor(points, dtype=torch.float64).clamp(min=1e-9).log().T
     dx, dy = x - x.mean(), y - y.mean()
     q = (dx*dy).sum()/dx.square().sum() if len(x) > 1 else torch.tensor(2.)   # one probe has no slope
@@ -108,10 +108,10 @@ _LAST_RESORT = 1e9 # nats that a unit beyond the largest share costs in addition
 def _marginal_costs(
     coupling, # the coupling
     points, # its probes, for `_cost_curve`
-    most=.75, # share of the units that may leave
+    most=.75, # share of the units that may be removed
     interaction=1., # γ, how much faster damage grows when other blocks lose units, too
 ):
-    "Cost of the first unit that leaves, the second, ... (eq. marginal), as scores for `global_steps`, (units,); beyond `most`, more than anything else."
+    "Cost of the first unit that is removed, the second, ... (eq. marginal), as scores for `global_steps`, (units,); beyond `most`, more than anything else."
     n = coupling.n_units//coupling.groups
     curve = _cost_curve(n, points) if points else torch.zeros(n + 1, dtype=torch.float64)
     cost = (curve*(torch.arange(n + 1)/n)**interaction).diff()                              # (eq. context)
@@ -171,9 +171,9 @@ class Recipe(Method):
     name = 'recipe'
     units: tuple[str, ...] = setting(('value_channel', 'mlp_channel'), is_a='a tuple of kinds') # kinds of units
     restore: bool = True # re-fit the kept columns by least squares
-    turn: bool = True # give values the basis of eq. basis before their channels leave
+    turn: bool = True # give values the basis of eq. basis before their channels are removed
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); it grows with the text by default (eq. trust), and 0 needs no dense model
-    allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units leave each block
+    allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units each block loses
     depth: bool = False # attention or the MLP of a block may go as a whole, at the price that is measured
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
@@ -222,9 +222,9 @@ def _greedy_order(
     C, # second moments of its inputs, (f, f)
     table, # columns of each unit, (units, columns)
     ridge, # a `Ridge`
-    chunk=32, # units that leave before costs are computed again
+    chunk=32, # units that are removed before costs are computed again
 ):
-    "Rank of each unit when the cheapest leave first and the others adapt (eq. greedy), (units,)."
+    "Rank of each unit when the cheapest are removed first and the others adapt (eq. greedy), (units,)."
     W, P = as_double(W).T, ridge.inverse(C)                # (f, d)
     identity = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
     table, left, order = table.to(W.device), torch.arange(len(table)), []
@@ -350,7 +350,7 @@ def _removal_costs(
     W, # weight of the second linear, (d, f)
     A, # second moments of its inputs, (f, f)
     G, # second moments of the gradient at its outputs, (d, d)
-    leave, # tensors of the columns that leave, one after the other
+    leave, # tensors of the columns that are removed, one after the other
     ridge, # a `Ridge`
 ):
     "Second-order cost of each group of columns when those before it have left and the others were re-fitted, float64, (groups,); nothing where all inputs are zero."
@@ -387,7 +387,7 @@ def _curved_costs(self:Recipe, ctx, chunk=32):
 # %% ../nbs/70_recipe.ipynb #858d70c3
 @patch
 def _shared_out(self:Recipe, ctx):
-    "How many bundles leave each coupling."
+    "How many bundles each coupling loses."
     if self.allocation == 'uniform': return super(Recipe, self).allocate(ctx)
     if self.allocation == 'curvature': costs = self._curved_costs(ctx)
     else:
@@ -416,7 +416,7 @@ def _whole_or_share(
     sparsity, # fraction of decoder parameters to remove
     total, # parameters of the decoder linears
 ):
-    "How many bundles leave each coupling, by the edges of the hulls of damage over parameters; dict by coupling name."
+    "How many bundles each coupling loses, by the edges of the hulls of damage over parameters; dict by coupling name."
     edges = []
     for i, c in enumerate(table):
         stops = [k for k in rungs(c) if damage[c.name][k] < float('inf')]
@@ -434,7 +434,7 @@ def _whole_or_share(
 
 @patch
 def _with_whole_parts(self:Recipe, ctx, points):
-    "How many bundles leave each coupling where whole parts may go; the last probe of each is the whole part."
+    "How many bundles each coupling loses where whole parts may go; the last probe of each is the whole part."
     damage = {}
     for c in ctx.table:
         n, (*shares, (_, whole)) = c.n_units//c.groups, points[c.name]

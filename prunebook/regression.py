@@ -41,20 +41,20 @@ def _evidence(K, F_, y):
 @dataclass
 class _Fit:
     "A regression of losses on masks."
-    coefficients: torch.Tensor # what the loss rises by when a unit leaves, (units,)
+    coefficients: torch.Tensor # what the loss rises by when a unit is removed, (units,)
     intercept: float # value of the regression where nothing is removed
     held_out: torch.Tensor # prediction of each observation from the others, (n,)
     info: dict # what was chosen on the way, plain values
 
     def predict(self,
-        X, # masks, True where a unit leaves, (..., units)
+        X, # masks, True where a unit is removed, (..., units)
     ):
         "Predicted target of some masks."
         return X.double() @ self.coefficients + self.intercept
 
 # %% ../nbs/40b_regression.ipynb #b4sp0006
 def _sums(X, size, group):
-    "Sum of the sizes of the units that leave, for each group of units, (n, groups)."
+    "Sum of the sizes of the units that are removed, for each group of units, (n, groups)."
     sizes = torch.zeros(len(size), int(group.max()) + 1, dtype=torch.float64)
     return X @ sizes.scatter_(1, group[:, None], size[:, None])
 
@@ -87,7 +87,7 @@ def _others_say(y, alpha, P, pair):
     return held_out
 
 def _fit_levels(
-    X, # masks, True where a unit leaves, (n, units)
+    X, # masks, True where a unit is removed, (n, units)
     y, # losses, (n,)
     size, # what the prior says of every unit (eq. size), (units,)
     coupling, # coupling of each unit, integers, (units,)
@@ -152,7 +152,7 @@ def _cross_validated(X, y, setting, folds, gen):
     return sum(taus)/folds, held_out
 
 def _fit_l1(
-    X, # masks, True where a unit leaves, (n, units)
+    X, # masks, True where a unit is removed, (n, units)
     y, # what to explain, larger is worse, (n,)
     folds=5, # contiguous parts for cross-validation
     grid=_L1_GRID, # L1 weight, divisor of the learning rate, batch size

@@ -212,7 +212,7 @@ class WandaSp(Method):
 @torch.no_grad()
 def _scores_of_whole_blocks(
     ctx, # `Context` of the run
-    steps, # bundles that leave each coupling, by name
+    steps, # bundles removed from each coupling, by name
 ):
     "Scores of all units (eq. wandasp), measured in blocks that are whole, behind blocks that are cut."
     model, scores = ctx.model, {}
@@ -318,7 +318,7 @@ def _weakest_of_all(
     ctx, # `Context` of the run
     found, # its `_Fluctuations`
 ):
-    "How many units leave each coupling, by name."
+    "How many units each coupling loses, by name."
     weighted = {c.name: found.scores[c.name]*c.cost for c in ctx.table}
     return global_steps(ctx.table, weighted, found.target, ctx.total)
 

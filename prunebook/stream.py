@@ -51,7 +51,7 @@ class Visit:
     def second(self):                                      # name of the second linear
         return self.stage.second if self.coupling is None else self.coupling.second[0]
     @property
-    def leaving(self):                                     # bundles of units that leave
+    def leaving(self):                                     # bundles of units that are removed
         return 0 if self.coupling is None else self.ctx.steps[self.coupling.name]
     @property
     def weight(self): return self.module(self.second)      # (d, f)
@@ -222,7 +222,7 @@ class Context:
     table: list = None # couplings that may give units, as they are at the beginning
     total: int = None # parameters of the decoder blocks' linears, as they are at the beginning
     found: Any = None # what the method found in `prepare`
-    steps: dict = None # bundles of units that leave each coupling, by name
+    steps: dict = None # bundles removed from each coupling, by name
 
     @property
     def model(self): return self.source.model
@@ -331,7 +331,7 @@ def stream(
 def _every_column(v): return torch.arange(v.weight.shape[1], device=v.weight.device)
 
 def _given_steps(ctx):
-    "Bundles that leave each coupling where the kept units are given."
+    "Bundles removed from each coupling where the kept units are given."
     return {c.name: (c.n_units - len(ctx.given[c.name]))//c.groups for c in ctx.table}
 
 def _decide(method, v, kept, scores, everywhere):

@@ -285,7 +285,7 @@ def _dead_units(
 # %% ../nbs/51a_structures.ipynb #e6840c40
 def drop_dead(
     model, # a causal language model with zeroed rows and columns; sliced in place
-    units=('value_channel', 'mlp_channel'), # kinds of units that may leave
+    units=('value_channel', 'mlp_channel'), # kinds of units that may be removed
 ):
     "Slice off MLP and value channels that do nothing, as many in every head; kept units by coupling name."
     kept = {}
