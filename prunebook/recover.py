@@ -7,7 +7,7 @@ __all__ = ['distillation', 'label_loss', 'hidden_loss', 'Recovery', 'Recovered',
            'recover_blocks']
 
 # %% ../nbs/75_recover.ipynb #8dfbcca7
-import copy, json, math, time
+import copy, json, math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -106,7 +106,9 @@ class _LoRA:
                                  target_modules=names, fan_in_fan_out=turned)
         self.module, self.wanted = module, {n: p.requires_grad for n, p in module.named_parameters()}
         torch.manual_seed(how.seed)
-        self.net = peft.get_peft_model(module, config)
+        with warnings.catch_warnings():                    # an old name that peft reads in new transformers
+            warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)
+            self.net = peft.get_peft_model(module, config)
         self.tensors = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
 
     def casting(self, mixed):
