@@ -303,7 +303,7 @@ def refit(
     begin = brief((size + job.size)*gone*d) + hold(size*gone*(m + d))
     fit = hold(old) + solve(m, min(gone, d), 2, size) + hold(-old)
     if gone < d: return begin + fit + product + brief(size*m*(gone + d)) + hold(-size*gone*(m + d))
-    return begin + product + hold(size*m*(d - gone)) + fit + hold(-size*(m*d + gone*d))
+    return begin + product + brief(size*m*d) + hold(size*m*(d - gone)) + fit + hold(-size*(m*d + gone*d))
 
 # %% ../nbs/09_estimate.ipynb #l15e0005
 def aimed(
