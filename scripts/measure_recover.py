@@ -13,6 +13,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from prunebook.methods import as_method
 from prunebook.models import load_model
 from prunebook.plan import write_atomic
@@ -21,7 +23,7 @@ from prunebook.record import State, about, side_by_side, strict_json
 from prunebook.recover import Recovery, recover, recover_blocks
 from prunebook.save import load_pruned, save_pruned
 from prunebook.tasks import task_file
-from prunebook.text import load_windows
+from prunebook.text import Windows, load_windows
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'recover'
 TASKS = ('arc_easy', 'lambada_openai', 'openbook_qa', 'piqa', 'winogrande')
@@ -34,6 +36,7 @@ FORMS = dict(                                              # what is trained, an
     fast=(Recovery(learning_rate=1e-3, warmup=.05), 'wikitext2'),   # too fast: it harms at once
     labels=(replace(LORA, logits=0., labels=1.), 'wikitext2'),
     own=(LORA, 'self'),
+    both=(replace(LORA, trains='all', learning_rate=5e-5), ('wikitext2', 'self')),   # half of the windows from each
     blocks=(replace(LORA, trains='all', learning_rate=5e-5), 'wikitext2'),
     # as in the official code of Bonsai: LoRA of rank 128 on the labels, with a little distillation; here the head stays
     bonsai=(Recovery(labels=1., logits=.01, rank=128, alpha=512, dropout=.05, learning_rate=1e-4, batch_size=128, at_once=1, checkpointing=True), 'wikitext2'))
@@ -60,6 +63,7 @@ EVERY = [Cell(m, s, 'lora', minutes, seed) for m in ('recipe', 'fasp') for s in 
 EVERY += [Cell('recipe', .3, form, minutes) for form in ('all', 'labels', 'own', 'blocks') for minutes in (20, 60)]
 EVERY += [Cell('recipe', .2, 'fast', 5)]
 EVERY += [Cell('recipe', s, 'all', minutes) for s in (.2, .5) for minutes in (20, 60)]
+EVERY += [Cell('recipe', s, 'both', minutes) for s in (.2, .3, .5) for minutes in (20, 60)]
 # Bonsai's Phi-2 to under two billion parameters, on one card of 48 GB: 15,000 windows in steps of 128. Needs the weights.
 EVERY += [Cell('bonsai', .35, 'bonsai', model='microsoft/phi-2', steps=117)]
 CELLS = {c.name: c for c in EVERY}
@@ -81,6 +85,28 @@ def known(file, make):
     return json.loads(file.read_text(encoding='utf-8'))
 
 
+OWN = 128                                                  # most windows that the dense model writes; they are read again after that
+
+
+def own_windows(cut, n, work):
+    "Windows that the dense model writes; kept in the work folder, as writing is slow."
+    def write():
+        w = cut('self', n)
+        return dict(ids=w.ids.tolist(), source=w.source)
+    found = known(work/f'self-{n}.json', write)
+    return Windows(torch.tensor(found['ids']), found['source'])
+
+
+def texts(form, n, cut, work):
+    "Windows to train on, from one text or in equal parts from several; each is read once, but for those that the model writes."
+    names = (form,) if isinstance(form, str) else form
+    parts = [own_windows(cut, min(n//len(names), OWN), work) if t == 'self' else cut(t, n//len(names)) for t in names]
+    if len(parts) == 1: return parts[0]
+    n = max(map(len, parts))
+    again = [p.ids.repeat(-(-n//len(p)), 1)[:n] for p in parts]
+    return Windows(torch.cat(again), ' and '.join(p.source for p in parts))
+
+
 def steps_for(minutes, small, dense, windows, how, form):
     "Steps that so many CPU minutes allow, from the time of two."
     run = recover_blocks if form == 'blocks' else recover
@@ -97,8 +123,7 @@ def measure(cell, work, tasks, limit):
     cut = lambda source, n, **kw: load_windows(source, dense, tokenizer, n, SEQLEN, cell.seed, **kw)
     few = cut('wikitext2', 2*how.batch_size)
     steps = cell.steps or known(work/f'{cell.name}-steps.json', lambda: steps_for(cell.minutes, small, dense, few, how, cell.form))
-    n = steps*how.batch_size                               # each window is read once, but for those that the model writes
-    train, watch = cut(text, min(n, 128) if text == 'self' else n), cut('passages', 4)
+    train, watch = texts(text, steps*how.batch_size, cut, work), cut('passages', 4)
     test = {t: cut(t, 64, evaluation=True) for t in ('wikitext2', 'passages')}
     before = State.of(small, tokenizer, test, tasks, limit)
     start = time.process_time()
