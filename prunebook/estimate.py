@@ -490,6 +490,14 @@ def before_work(self:Method,
     "`Work` of what comes before the stream."
     return Work()
 
+@patch
+def read_tokens(self:Method,
+    tokens, # calibration tokens
+    seqlen, # of a window
+):
+    "Tokens that the stream reads: the calibration text, and what the model writes itself."
+    return tokens
+
 # %% ../nbs/09_estimate.ipynb #4c99cf3b
 def weights(
     model, # a causal language model; may be on the meta device
@@ -528,7 +536,8 @@ def estimate(
 ):
     "Dict of `bytes` of tensors at the widest point, with the model; `flops`; `forward_flops` of one pass."
     method = as_method(method)
-    job = Job(model, method, tokens, sparsity, Run() if run is None else run, seqlen, streamed)
+    read = method.read_tokens(tokens, min(seqlen, tokens))
+    job = Job(model, method, read, sparsity, Run() if run is None else run, min(seqlen, tokens), streamed)
     models = opened(job) if streamed else hold(weights(model)*(1 if inplace else 2))
     work = models + checks(job) + method.before_work(job) + walking(job, method.needs, method.visit_work)
     forward = forward_blocks(job, tokens, job.seqlen)
