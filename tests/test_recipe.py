@@ -537,3 +537,92 @@ def test_values_that_lose_nothing_keep_their_basis():
     value, out = [lambda m, c, n=n: weight_of(m.get_submodule(n(c))) for n in (lambda c: c.firsts[0][0], lambda c: c.second[0])]
     assert stay and all(value(small, c).equal(value(whole, c)) for c in stay)
     assert not all(out(small, c).equal(out(whole, c)) for c in stay)                         # they steer all the same
+
+
+# ---- text that the model writes, and the temperature -----------------------------------------------------------------
+
+SURE = dict(own=.5, temper=True, measure_seqlen=12)
+
+
+def seen_windows(monkeypatch):
+    "Windows that the streams of a run read."
+    seen, stream = [], recipe.Method.run
+    monkeypatch.setattr(recipe.Method, 'run', lambda self, ctx: (seen.append(ctx.windows), stream(self, ctx))[1])
+    return seen
+
+
+def test_own_text_is_read_beside_the_other(monkeypatch):
+    model = tiny_model('llama')
+    w, seen = random_tokens(model, n=8, seqlen=16), seen_windows(monkeypatch)
+    _, plan = prune(model, w, Recipe(own=.5, measure_seqlen=12), .2)
+    rows = [tuple(r) for r in seen[0].ids.tolist()]
+    given = [tuple(r) for r in w.ids.tolist()]
+    assert len(rows) == 12 and [r for r in rows if r in given] == given
+    assert any(r not in given for r in rows[-4:]) and any(r in given for r in rows[-4:])     # the probes see both
+    assert w.fingerprint in plan.calibration                # the text that a plan asks for again is the caller's
+
+
+def test_without_own_text_nothing_changes(monkeypatch):
+    model = tiny_model('llama')
+    w, seen = random_tokens(model, n=8, seqlen=16), seen_windows(monkeypatch)
+    monkeypatch.setattr(recipe, 'self_generated', lambda *a, **k: pytest.fail('the model wrote'))
+    prune(model, w, Recipe(measure_seqlen=12), .2)
+    assert seen[0].ids.equal(w.ids)
+
+
+def test_temper_scales_the_last_norm_alone():
+    model = tiny_model('gemma')
+    w = random_tokens(model, n=8, seqlen=16)
+    plain, _ = prune(model, w, Recipe(measure_seqlen=12), .4)
+    sure, _ = prune(model, w, Recipe(measure_seqlen=12, temper=True), .4)
+    differ = [n for (n, p), q in zip(plain.named_parameters(), sure.parameters()) if not p.equal(q)]
+    assert differ == ['model.norm.weight']
+    ids = random_tokens(model, n=2, seqlen=16, seed=5).ids
+    a, b = (m(ids).logits.double() for m in (plain, sure))
+    t = (a*b).sum()/(a*a).sum()
+    assert not torch.allclose(t, torch.ones_like(t), atol=1e-3)
+    torch.testing.assert_close(b, t*a, atol=1e-4*a.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize('surer', [1/.8, .9])
+def test_temper_finds_a_factor_that_is_known(surer):
+    "Logits that are too large by a factor, where the head is linear and no norm hides it."
+    model = tiny_model('llama')
+    ids = random_tokens(model, n=2, seqlen=8).ids
+    state = torch.randn(2, 8, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    norm, before = model.model.norm, model.model.norm.weight.detach().clone()
+    norm.forward = lambda x: x*norm.weight                 # not a norm: twice the state gives twice the logits
+    assert recipe._temper(model, ids, state, surer*state) == pytest.approx(1/surer, abs=.02)
+    torch.testing.assert_close(norm.weight.detach()/before, torch.full_like(before, 1/surer), atol=.02, rtol=0)
+
+
+def test_a_model_without_a_last_norm_is_refused_before_any_work(monkeypatch):
+    model = tiny_model('llama')
+    model.model.norm = torch.nn.Identity()
+    monkeypatch.setattr(recipe.Method, 'run', lambda *a: pytest.fail('it began'))
+    with pytest.raises(ValueError, match='no norm with weights in front of the head; leave out temper'):
+        prune(model, random_tokens(model, n=8, seqlen=16), Recipe(**SURE), .2)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gemma', 'opt', 'gpt2'])
+def test_a_plan_gives_the_tempered_model_again(family, tmp_path):
+    w = random_tokens(tiny_model(family), n=8, seqlen=16)
+    small, plan = prune(tiny_model(family), w, Recipe(**SURE), .2)
+    assert equal(plan.apply(tiny_model(family), w), small)
+    save_pruned(small, plan, tmp_path/'small')
+    assert equal(load_pruned(tmp_path/'small')[0], small)
+
+
+def test_text_is_not_written_from_disk(tmp_path):
+    model = tiny_model('llama')
+    with pytest.raises(ValueError, match='writes text with the whole model'): streamed(model, random_tokens(model, n=8, seqlen=16), Recipe(own=.5), .2, tmp_path)
+
+
+def test_files_of_probes_from_before_still_serve(tmp_path):
+    model = tiny_model('llama')
+    w = random_tokens(model, n=8, seqlen=16)
+    file = tmp_path/'probes.json'
+    prune(model, w, Recipe(measure_seqlen=12), .2, run=Run(log=str(file)))
+    assert not {'own', 'temper'} & json.loads(file.read_text())['key'].keys()
+    prune(model, w, Recipe(measure_seqlen=12, temper=True), .2, run=Run(log=str(file)))
+    with pytest.raises(ValueError, match='belongs to another run'): prune(model, w, Recipe(measure_seqlen=12, own=.5), .2, run=Run(log=str(file)))
