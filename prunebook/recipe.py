@@ -522,15 +522,16 @@ def _scale_norm(
 
 # %% ../nbs/70_recipe.ipynb #ra15e010
 _TEMPERS = .5, 1.25 # least and largest factor
+_TEMPER_LOOKS = 21 # factors that are tried
 
 def _least(
     f, # a convex function of a number
     low, high, # interval
-    looks=3, # how often the interval is made smaller, to a third
-    points=7, # values in each look
+    evaluations=_TEMPER_LOOKS, # of the function
+    points=7, # of them in each look; the interval becomes a third of it
 ):
     "Where the function is least."
-    for _ in range(looks):
+    for _ in range(evaluations//points):
         x = torch.linspace(low, high, points).tolist()
         values = [f(at) for at in x]
         best = values.index(min(values))
@@ -616,17 +617,24 @@ def before_work(self:Recipe, job):
 @patch
 def read_tokens(self:Recipe, tokens, seqlen): return tokens + round(self.own*max(1, tokens//seqlen))*seqlen
 
+def _written(job, windows, at_once, seqlen):
+    "Windows that the model writes, one token after the other; the keys and values of those at the same time are kept."
+    if not windows: return est.Work()
+    kept = sum(b.kv_heads*(b.head_dim + b.value_dim) for b in anatomy(job.model))*min(windows, at_once)*seqlen*job.size
+    read = sum(est.attention(p.block, 1, seqlen).flops for p in job.places if p.part == 'attention')/2    # of them, on average
+    tokens = windows*seqlen
+    return (est.hold(kept) + (est.forward_blocks(job, tokens, 0) + est.head(job, tokens) + est.Work(read*tokens)))*1
+
 @patch
 def _writing_work(self:Recipe, job):
-    "Tokens that the model writes; the blocks keep what they have read of those that are written at the same time."
-    windows = {_OWN_AT_ONCE: round(self.own*job.windows/(1 + self.own)), _TEMPER_WINDOWS: _TEMPER_WINDOWS*self.temper}
-    total = est.Work()
-    for at_once, n in windows.items():
-        if not n: continue
-        seqlen = job.seqlen if at_once == _OWN_AT_ONCE else min(_TEMPER_SEQLEN, job.seqlen)
-        kept = 2*sum(b.kv_heads*b.head_dim for b in anatomy(job.model))*min(n, at_once)*seqlen*job.size
-        total += (est.hold(2*kept) + est.forward_blocks(job, n*seqlen, seqlen) + est.head(job, n*seqlen))*1
-    return total
+    "What the model writes, and the search for the temperature."
+    total = _written(job, round(self.own*job.windows/(1 + self.own)), _OWN_AT_ONCE, job.seqlen)
+    if not self.temper: return total
+    seqlen = min(_TEMPER_SEQLEN, job.seqlen)
+    ids = _TEMPER_WINDOWS*seqlen
+    passes = est.forward_blocks(job, ids, seqlen)*(2 - job.sparsity)
+    heads = est.head(job, ids)*(_TEMPER_LOOKS + 3) + est.brief(20*ids*job.vocabulary)
+    return total + (_written(job, _TEMPER_WINDOWS, _TEMPER_WINDOWS, seqlen) + passes + heads)*1
 
 @patch
 def _probing_work(self:Recipe, job):
