@@ -87,18 +87,18 @@ class SpeedTable:
     outside: float # seconds outside of the blocks
     block: float # seconds of a dense block
     blocks: int # number of blocks
-    saved: dict # by kind of unit: pairs of the share that left and the seconds saved, ascending
+    saved: dict # by kind of unit: pairs of the share removed and the seconds saved, ascending
 
     def saving(self,
         kind, # kind of unit
-        share, # share of the units that left
+        share, # share of the units removed
     ):
         "Seconds that a block saves (eq. time)."
         shares, seconds = zip((0., 0.), *self.saved.get(kind, []))
         return float(np.interp(share, shares, seconds))
 
     def ratio(self,
-        left, # share of the units that left, by coupling name
+        left, # share of the units removed, by coupling name
     ):
         "How many times as fast as the dense model."
         dense = self.outside + self.blocks*self.block
@@ -124,7 +124,7 @@ def _some_rungs(coupling, shares=(.25, .5, .75)):
 
 # %% ../nbs/07a_budget.ipynb #b07a0023
 def _works(model, table, ids):
-    "What is timed: a block, what is outside of blocks, the whole model, and blocks by (kind, share that left)."
+    "What is timed: a block, what is outside of blocks, the whole model, and blocks by (kind, share removed)."
     one = [c for c in table if c.layer == table[len(table)//2].layer]          # couplings of one block
     state, calls = record_calls(model, ids)
     args, kw = calls[one[0].layer]

@@ -194,7 +194,7 @@ def _channels_per_group():
     return group/channel
 
 exercise('couplings-1', _channels_per_group, '2hd(1 + g)/(3d) with h = 128 and g = 4: about 427 channels.', {
-    'A group has g = 4 query heads. Their rows and columns leave with it.': lambda: 2*128*2/3,
+    'A group has g = 4 query heads. Their rows and columns are removed with it.': lambda: 2*128*2/3,
     'The output projection loses a column for each row of the queries: g·h of them.': lambda: 128*(4 + 2)/3,
     'The MLP is gated: a channel is a row of the gate, a row of up and a column of down.': lambda: 2*128*5/2,
     'This is how many groups cost as much as a channel.': lambda: 3/(2*128*5)})
@@ -245,7 +245,7 @@ def _bias_left(model, ids): return _largest(_logits_without(model, ids, False), 
 
 exercise('couplings-3', lambda *x: ('different', _bias_left(*x)),
     'The biases of the rows still make a constant, which column 7 of down_proj reads. '
-    'Biases leave with their rows.', {
+    'Biases are removed with their rows.', {
     'You have zeroed the biases as well; the question is what happens if they stay.':
         lambda m, ids: (..., _largest(_logits_without(m, ids, True), _logits_masked(m, ids))),
     'You have compared with the whole model. Compare with the model without channel 7 (masked).':
@@ -262,7 +262,7 @@ exercise('plan-1', lambda: (30/100)*300/200,
 
 # %% ../nbs/66_exercises.ipynb #232410c1
 def _some_groups(gen):
-    "Scores of units in equal groups, and how many leave each group."
+    "Scores of units in equal groups, and how many each group loses."
     groups, size = _whole(gen, 2, 3), _whole(gen, 4, 6)
     return _normal(gen, groups*size), groups, _whole(gen, 1, size - 1)
 
@@ -278,7 +278,7 @@ def _first(scores, groups): return torch.arange(groups)[:, None]*(len(scores)//g
 exercise('plan-2', _kept_in_groups, 'Each group is sorted for itself, so that all groups stay equal.', {
     'Every group must lose equally many: sort inside the groups.':
         lambda s, groups, steps: s.argsort()[steps*groups:].sort().values,
-    'These are the units with the lowest scores; they should leave.':
+    'These are the units with the lowest scores; they should be removed.':
         lambda s, groups, steps: (_order(s, groups)[:, :-steps] + _first(s, groups)).flatten().sort().values,
     'These are places inside the groups; add the first unit of each group.':
         lambda s, groups, steps: _order(s, groups)[:, steps:].flatten().sort().values,
@@ -314,7 +314,7 @@ exercise('scores-1', lambda: _places(wanda_mask(_ROW, _NORMS, sparsity=.5)[0]),
     'The scores are 1.2, 6, 2 and 1.5: a weight counts with the norm of its input.', {
     'This is the order of the weights alone. Multiply by the norms of the inputs.': lambda: [1, 3],
     'Take absolute values: a negative weight can be large.': lambda: [2, 3],
-    'These two leave.': lambda: [0, 3]})
+    'These two are removed.': lambda: [0, 3]})
 
 # %% ../nbs/66_exercises.ipynb #4f5c96c1
 def _weight_and_inputs(gen):
@@ -324,7 +324,7 @@ def _weight_and_inputs(gen):
 def _fluctuation(W, X): return fluctuation(W, channel_moments([X])[1])
 
 exercise('scores-2', _fluctuation,
-    'It is what the best constant leaves, per token: variance times squared norm of the column.', {
+    'It is the error of the best constant, per token: variance times squared norm of the column.', {
     'This counts the mean as well. A constant can replace the mean; take the variance.':
         lambda W, X: X.square().mean(0)*W.square().sum(0),
     'This is the standard deviation; its square is the variance.':
@@ -387,7 +387,7 @@ exercise('scores-4', _least_variance,
 
 # %% ../nbs/66_exercises.ipynb #6da09fb9
 def _copied_weights():
-    "New weights of channels 0 and 1 when channel 2, which is 2 times channel 0 minus channel 1, leaves."
+    "New weights of channels 0 and 1 when channel 2, which is 2 times channel 0 minus channel 1, is removed."
     X = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     Y = X @ torch.tensor([1., 2.]).double() + 5*(2*X[:, 0] - X[:, 1])
     return torch.linalg.lstsq(X, Y[:, None]).solution[:, 0]
@@ -414,7 +414,7 @@ def _refit(W, C, keep, delta, towards=1.):
 exercise('repair-2', _refit, 'U(C_MM + δI) = W C_:M + δ W_:M, solved for all rows of U at once.', {
     'This ridge pulls to zero; δ times the old weights belongs on the right side.':
         lambda *x: _refit(*x, towards=0.),
-    'These are the old weights. The right side holds all columns of W, also those that leave.':
+    'These are the old weights. The right side holds all columns of W, also the removed ones.':
         lambda W, C, keep, delta: W[:, keep],
     'The ridge is missing.': lambda W, C, keep, delta: _refit(W, C, keep, 0.),
     'This is the transpose of the answer.': lambda *x: _refit(*x).T,
@@ -708,14 +708,14 @@ def _some_gone(gen):
     return _normal(gen, 3, 4), _moments_of(gen, 4), _moments_of(gen, 3), gone.view(3, 4)
 
 def _changes_added(W, A, G, gone):
-    "Each weight removed as if it left alone, and the changes added."
+    "Each weight removed as if it were the only one, and the changes added."
     changes = [_without(W, A, G, torch.eye(12, dtype=bool)[i].view(3, 4))[0] - W for i in gone.flatten().nonzero()]
     return (W + sum(changes)).masked_fill(gone, 0)
 
 exercise('elements-2', lambda W, A, G, gone: _without(W, A, G, gone)[0],
-    'One multiplier for each weight that leaves, from one system of equations.', {
+    'One multiplier for each removed weight, from one system of equations.', {
     'The weights are zero, but the others have not moved.': lambda W, A, G, gone: W.masked_fill(gone, 0),
-    'Each weight leaves here as if it left alone. Solve one system for all of their multipliers.': _changes_added,
+    'Each weight is removed here as if it were the only one. Solve one system for all of their multipliers.': _changes_added,
     'This is the update without G. Put the inverse of G into the system and into the change.':
         lambda W, A, G, gone: _without(W, A, torch.eye(3), gone)[0],
     'A belongs to the columns of W, G to its rows. This is the update without A.':
@@ -731,7 +731,7 @@ def _twins_in_a_row(gen):
     return torch.tensor([2., 2., 1., 1.]), X.T @ X/64
 
 def _pair_rises(w, A):
-    "Cost of every pair that leaves together."
+    "Cost of every pair that is removed together."
     pairs = map(torch.tensor, combinations(range(4), 2))
     return {tuple(p.tolist()): optimal_removal(A.double(), w.double(), p)[1].item() for p in pairs}
 
@@ -761,7 +761,7 @@ _cross = torch.tensor([[True, True], [False, True]])       # row 0 and column 1
 
 exercise('structures-1', lambda: _without(_W4, _A4, _G4, _cross)[0][1, 0],
     'Without row 0, row 1 is (1, 3) - ½·(2, 4) = (0, 1). Without column 1, its first weight is 0 + ½·1.', {
-    'This is the published sum of both changes. Remove the column from what the first step has left.':
+    'This is the published sum of both changes. Remove the column from the result of the first step.':
         lambda: 1.5,
     'This is after the removal of the row alone.': lambda: 0.,
     'This is after the removal of the column alone.': lambda: 2.5,
@@ -854,7 +854,7 @@ def _gone_as_before(W, A, gone):
 exercise('surgeon-2', _best_columns,
     'The others move towards what was lost, and the removed columns become exactly zero.', {
     'The columns are zero, but the others have not moved.': lambda W, A, gone: _zeroed(W, gone),
-    'Each column leaves here as if it left alone. Take the inverse of a block of two.': _each_alone,
+    'Each column is removed here as if it were the only one. Take the inverse of a block of two.': _each_alone,
     'The removed columns should be zero as well.': _gone_as_before},
     draw=_columns_gone, function=True)
 
@@ -879,10 +879,10 @@ exercise('surgeon-3', lambda W, A, G1, G2: ('order', _cheapest(W, A, G2)),
     draw=_two_curvatures, choices=('update', 'order', 'both', 'neither'))
 
 # %% ../nbs/66_exercises.ipynb #d5f71e7d
-def _power_shares(exponent=3, prices=(1., 4., 16.), n=1500):
+def _power_shares(exponent=3, factors=(1., 4., 16.), n=1500):
     "Best shares of blocks whose damage is a·r^exponent, relative to the first; from one threshold."
     steps = torch.linspace(0, 1, n + 1, dtype=torch.float64)
-    costs = torch.stack([a*(steps**exponent).diff() for a in prices])        # (blocks, n), rising
+    costs = torch.stack([a*(steps**exponent).diff() for a in factors])        # (blocks, n), rising
     limit = costs.flatten().sort().values[n]
     shares = (costs < limit).sum(1)/n
     return shares/shares[0]
@@ -921,7 +921,7 @@ def _one_head(gen): return _normal(gen, 12, 5), _moments_of(gen, 5)
 def _energies(W, C): return torch.linalg.svdvals((torch.linalg.cholesky(C.double()).T @ W.double().T)).square()
 
 def _trained_basis(W, C):
-    "Least error when one channel leaves as it is, and the others are re-fitted."
+    "Least error when one channel is removed as it is, and the others are re-fitted."
     return (W.square().sum(0)/C.inverse().diag()).min().item()
 
 exercise('recipe-3', lambda W, C: ('smaller', _energies(W, C)[-1].item()),
@@ -961,7 +961,7 @@ exercise('experts-1', _two_experts_gone,
         lambda: 2*2*4096*14336/(8*2*4096*14336 + 2*4096*128*(32 + 8)),
     'Keys and values have 8 heads, not 32.':
         lambda: 2*3*4096*14336/(8*3*4096*14336 + 4*4096**2),
-    'Two of eight leave. This is what stays.': lambda: 1 - _two_experts_gone()})
+    'Two of eight are removed. This is what stays.': lambda: 1 - _two_experts_gone()})
 
 # %% ../nbs/66_exercises.ipynb #exdc0002
 def _routed(gen):
@@ -1011,7 +1011,7 @@ def _weight_gained(logits): return statistics.fmean(after - before for before, a
 exercise('experts-3', lambda logits: ('same', _weight_gained(logits)),
     'A softmax over the two chosen logits sees no others. Tokens that chose expert 0 get another one, '
     'and the weights are shared anew.', {
-    'The expert leaves with its row, so each token still has two experts. It has not only one.':
+    'The expert is removed with its row, so each token still has two experts. It has not only one.':
         lambda logits: (..., statistics.fmean(1 - before for before, _ in _partners(logits))),
     'Take the mean over the tokens that had chosen expert 0.':
         lambda logits: (..., _weight_gained(logits)*len(_partners(logits))/16),
@@ -1037,7 +1037,7 @@ exercise('depth-1', _influence,
 
 # %% ../nbs/66_exercises.ipynb #exdc0006
 def _parts_in_order(gen):
-    "Sizes of six groups in the order in which they should leave, and how many parameters must go."
+    "Sizes of six groups in the order in which they should be removed, and how many parameters must go."
     sizes = torch.randint(1, 10, (6,), generator=gen).tolist()
     return sizes, _whole(gen, 5, sum(sizes) - 3)
 
@@ -1054,7 +1054,7 @@ def _groups_gone(sizes, needed, back=True):
     return gone
 
 exercise('depth-2', _groups_gone,
-    'Groups leave in order until enough is gone. Then those that are not needed come back, the last first.', {
+    'Groups are removed in order until enough is gone. Then those that are not needed come back, the last first.', {
     'Enough is gone, but a group that is not needed could come back.': _first_groups,
     'Let the last group come back first: it is worth the most.': lambda s, n: _groups_gone(s, n, back=False),
     'These are the groups that stay.': lambda s, n: [g for g in range(6) if g not in _groups_gone(s, n)]},
@@ -1081,7 +1081,7 @@ exercise('depth-3', lambda L: ('again', _one_after_another(L)),
     'Measured again, the second of them costs much more.', {
     'These two parts were chosen by their losses alone. Measure again when the first is gone.':
         lambda L: (..., _both_at_once(L)),
-    'Two parts leave. This is the loss without one.':
+    'Two parts are removed. This is the loss without one.':
         lambda L: (..., min(_loss_without(L, p) for p in range(4))),
     'This is the rise above the whole model. The loss is asked.':
         lambda L: (..., _one_after_another(L) - _loss_without(L)),
@@ -1148,7 +1148,7 @@ exercise('recover-3', lambda t, y: ('labels', _pull(t, lambda z: _of_label(z, y)
 
 # %% ../nbs/66_exercises.ipynb #17b8bedd
 def _smollm2_numbers(sparsity=.2):
-    "Share of the decoder that lies in the MLPs of SmolLM2-135M, and channels of each MLP that leave."
+    "Share of the decoder that lies in the MLPs of SmolLM2-135M, and channels of each MLP that are removed."
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
                          num_hidden_layers=30, vocab_size=8)
@@ -1161,7 +1161,7 @@ exercise('lab-1', _smollm2_numbers,
     '3df of 3df + d(2Hh + 2Kh) is three quarters. So 20 % of all are 26.7 % of the channels.', {
     'Right share. Attention gives nothing, so each MLP gives more than 20 % of its channels.':
         lambda: (.75, 308),
-    'Right share. Round up, so that at least 20 % leave.': lambda: (.75, 409),
+    'Right share. Round up, so that at least 20 % are removed.': lambda: (.75, 409),
     'A gated MLP has three matrices, and keys and values have 3 heads, not 9. One of both is missing.':
         lambda: (2/3, ...)})
 
@@ -1180,7 +1180,7 @@ exercise('lab-2', _contributions,
 
 # %% ../nbs/66_exercises.ipynb #17b8bec2
 def _block_scores(gen):
-    "Scores of three blocks with 8 channels each, and how many channels leave in all."
+    "Scores of three blocks with 8 channels each, and how many channels are removed in all."
     return torch.rand(3, 8, generator=gen)*torch.tensor([[.1], [.5], [1.]]), _whole(gen, 9, 15)
 
 def _one_by_one(scores, n):
@@ -1199,8 +1199,8 @@ def _without_a_last(scores, n):
 
 exercise('lab-3', _one_by_one, 'One threshold for all blocks, and one channel stays in each.', {
     'A block loses all of its channels here. One must stay.': _without_a_last,
-    'This is how many stay. How many leave?': lambda s, n: 8 - torch.tensor(_one_by_one(s, n)),
-    'These leave from the strong end.': lambda s, n: _one_by_one(-s, n)}, draw=_block_scores, function=True)
+    'This is how many stay. How many are removed?': lambda s, n: 8 - torch.tensor(_one_by_one(s, n)),
+    'These are removed from the strong end.': lambda s, n: _one_by_one(-s, n)}, draw=_block_scores, function=True)
 
 # %% ../nbs/66_exercises.ipynb #17b8bec3
 def _refit_damped(W, C, keep, damp): return _refit(W, C, keep, damp*C[keep][:, keep].diag().mean().item())

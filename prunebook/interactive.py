@@ -177,7 +177,7 @@ def coupling_figure(
     live=False, # widgets that measure another block
     **measured, # arguments of `measure_couplings` where it is to be measured now
 ):
-    "Choose a unit, or click on a matrix, and see the rows and columns that fall with it."
+    "Choose a unit, or click on a matrix, and see the rows and columns that are removed with it."
     if live:
         last = len(anatomy(measured['model'])) - 1
         block = _slide(widgets.IntSlider, 0, 0, last, 1, 'Block')
@@ -187,8 +187,8 @@ def coupling_figure(
     kinds = {k: v['label'] for k, v in data['kinds'].items()}
     controls = _choice('kind', 'Kind of unit', kinds) + _slider('unit', 'Unit', 0, units - 1, units//3)
     label = ('Weight matrices of a decoder block; '
-             'the rows and columns that leave with the chosen unit are marked.')
-    caption = ('Rows that leave are blue and columns red, drawn at least two pixels wide. '
+             'the rows and columns that are removed with the chosen unit are marked.')
+    caption = ('Removed rows are blue and columns red, drawn at least two pixels wide. '
                'A click on a matrix chooses the unit that owns the row or column.')
     return Figure('coupling', label, controls, data, caption)
 
@@ -269,8 +269,8 @@ def heads_figure(
     threshold = _slider('tau', 'Threshold τ', 0, .84, .33, .01)
     controls = threshold + _slider('block', 'Block', 0, last, min(8, last))
     label = ('Left: distances between the attention heads of a block. '
-             'Right: heads that leave each block under the threshold.')
-    caption = ('Frames hold the query heads of one key-value group. A red cross marks a head that leaves; '
+             'Right: heads of each block that the threshold removes.')
+    caption = ('Frames hold the query heads of one key-value group. A red cross marks a removed head; '
                'a line leads to the closest head that stays. Every group keeps one head (dashed line).')
     return Figure('heads', label, controls, data, caption)
 
@@ -333,8 +333,8 @@ def _level(table, costs, total, sparsity):
     "Threshold for one sparsity, and the share of each block's units that falls under it."
     steps = global_steps(table, costs, sparsity, total)
     equal = uniform_steps(table, sparsity, total)
-    dearest = lambda c: costs[c.name].sort().values[steps[c.name] - 1].item()
-    threshold = max((dearest(c) for c in table if steps[c.name]), default=0)
+    highest = lambda c: costs[c.name].sort().values[steps[c.name] - 1].item()
+    threshold = max((highest(c) for c in table if steps[c.name]), default=0)
     gone = [round(steps[c.name]/c.n_units, 4) for c in table]
     uniform = round(equal[table[0].name]/table[0].n_units, 4)
     reached = round(sum(steps[c.name]*c.cost for c in table)/total, 5)

@@ -64,6 +64,7 @@ EVERY += [Cell('recipe', .3, form, minutes) for form in ('all', 'labels', 'own',
 EVERY += [Cell('recipe', .2, 'fast', 5)]
 EVERY += [Cell('recipe', s, 'all', minutes) for s in (.2, .5) for minutes in (20, 60)]
 EVERY += [Cell('recipe', s, 'both', minutes) for s in (.2, .3, .5) for minutes in (20, 60)]
+EVERY += [Cell(m, .2, 'all', minutes, seed) for m, seed in (('recipe', 0), ('recipe', 1), ('fasp', 0)) for minutes in (5, 20)]
 # Bonsai's Phi-2 to under two billion parameters, on one card of 48 GB: 15,000 windows in steps of 128. Needs the weights.
 EVERY += [Cell('bonsai', .35, 'bonsai', model='microsoft/phi-2', steps=117)]
 CELLS = {c.name: c for c in EVERY}

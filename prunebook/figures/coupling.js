@@ -1,8 +1,8 @@
-// Coupling explorer: which rows and columns fall with one unit, and what that saves.
+// Coupling explorer: which rows and columns are removed with one unit, and what that saves.
 function owned(table, unit) {                                // indices of one unit; consecutive units need no table
   return Array.isArray(table) ? table[unit] : Array.from({length: table.size}, (_, i) => table.start + unit*table.size + i);
 }
-function fallen(data, kind, unit) {                          // rows and columns that leave, by module
+function fallen(data, kind, unit) {                          // rows and columns that are removed, by module
   const k = data.kinds[kind], out = {}, at = n => out[n] = out[n] || {rows: [], columns: []};
   for (const [name, table] of k.firsts) at(name).rows.push(...owned(table, unit));
   at(k.second[0]).columns.push(...owned(k.second[1], unit));
@@ -17,10 +17,10 @@ function couplingWords(data, kind, unit) {
   const k = data.kinds[kind], gone = fallen(data, kind, unit);
   const part = (what, i) => (i.length === 1 ? what : what + 's') + ' ' + ranges(i);
   const parts = Object.keys(gone).map(n => list([['row', gone[n].rows], ['column', gone[n].columns]].filter(p => p[1].length).map(p => part(...p))) + ' of ' + n);
-  let words = k.label + ' ' + unit + ' of ' + plain(k.units) + ' in block ' + data.block + ': ' + list(parts) + ' fall together, ' + plain(k.cost) + ' parameters, ' +
+  let words = k.label + ' ' + unit + ' of ' + plain(k.units) + ' in block ' + data.block + ': ' + list(parts) + ' are removed together, ' + plain(k.cost) + ' parameters, ' +
     plain(100*k.cost/data.total, 2) + ' % of the block.';
   if (k.rise) words += ' Without it the loss ' + (k.rise[unit] < 0 ? 'falls' : 'rises') + ' by ' + plain(Math.abs(k.rise[unit]), 3) + ' nats per token (measured on ' + data.text + ').';
-  if (k.groups > 1) words += ' In a smaller model the same number must leave each of the ' + k.groups + ' key-value heads, so that at least ' + plain(k.cost*k.groups) + ' parameters go.';
+  if (k.groups > 1) words += ' In a smaller model each of the ' + k.groups + ' key-value heads must lose the same number, so that at least ' + plain(k.cost*k.groups) + ' parameters are removed.';
   return words;
 }
 function mount(root, data) {

@@ -27,11 +27,11 @@ function gameWords(data, guess, seen, shown) {
   if (seen) {
     const gone = data.masks[seen - 1].map((v, i) => v ? i : -1).filter(i => i >= 0);
     words = 'Sub-model ' + seen + ' of ' + m + ', without ' + names(gone) + ': the loss ' + (data.rises[seen - 1] < 0 ? 'falls' : 'rises') + ' by ' + plain(Math.abs(data.rises[seen - 1]), 2) + ' nats. ';
-    words += 'From ' + seen + ' the regression takes ' + names(top3(ridge(data.masks.slice(0, seen), data.rises.slice(0, seen), data.ratio))) + ' for the dearest. ';
+    words += 'From ' + seen + ' the regression finds that ' + names(top3(ridge(data.masks.slice(0, seen), data.rises.slice(0, seen), data.ratio))) + ' cost most. ';
   }
   if (shown) {
     const truth = top3(data.truth);
-    words += 'Taken out alone, the dearest are ' + names(truth) + '.';
+    words += 'Taken out alone, ' + names(truth) + ' cost most.';
     if (guess.length) words += ' Your guess has ' + hits(guess, truth) + ' of them.';
     if (seen) words += ' The regression has ' + hits(top3(ridge(data.masks.slice(0, seen), data.rises.slice(0, seen), data.ratio)), truth) + '.';
   }

@@ -1,11 +1,11 @@
-// Heads under a threshold: which attention heads of a block look at the same tokens, and which leave.
+// Heads under a threshold: which attention heads of a block look at the same tokens, and which are removed.
 function matrix(upper, n) {                                  // distances above the diagonal -> symmetric matrix
   const D = Array.from({length: n}, () => Array(n).fill(0));
   let k = 0;
   for (let i = 0; i < n; i++) for (let j = i + 1; j < n; j++) D[i][j] = D[j][i] = upper[k++];
   return D;
 }
-function removalOrder(D, groups) {                           // pairs [head, distance]; the closest pair first, the less central head leaves
+function removalOrder(D, groups) {                           // pairs [head, distance]; the closest pair first, the less central head is removed
   const n = D.length, size = n/groups, alive = Array(n).fill(true), left = Array(groups).fill(size), pairs = [], order = [];
   const total = D.map(row => row.reduce((a, b) => a + b, 0));
   for (let i = 0; i < n; i++) for (let j = i + 1; j < n; j++) pairs.push([D[i][j], i, j]);
@@ -20,7 +20,7 @@ function removalOrder(D, groups) {                           // pairs [head, dis
   return order;
 }
 function leaving(D, groups, tau) { return removalOrder(D, groups).filter(p => p[1] < tau).map(p => p[0]).sort((a, b) => a - b); }
-function twins(D, gone) {                                    // for each head that leaves, the closest one that stays
+function twins(D, gone) {                                    // for each removed head, the closest one that stays
   const stay = D.map((_, i) => i).filter(i => !gone.includes(i));
   return gone.map(h => stay.reduce((best, s) => D[h][s] < D[h][best] ? s : best, stay[0]));
 }
@@ -28,7 +28,7 @@ function headWords(data, block, tau) {
   const all = data.blocks.map(u => leaving(matrix(u, data.heads), data.groups, tau)), gone = all[block], count = all.reduce((a, g) => a + g.length, 0);
   const near = twins(matrix(data.blocks[block], data.heads), gone), pair = gone.map((h, i) => h + ' (like ' + near[i] + ')');
   return 'Under τ = ' + plain(tau, 2) + ' block ' + block + ' loses ' + (gone.length ? (gone.length > 1 ? 'heads ' : 'head ') + list(pair) : 'no head') + '. In the whole model ' +
-    plain(count) + ' of ' + plain(data.heads*data.blocks.length) + ' query heads leave.';
+    plain(count) + ' of ' + plain(data.heads*data.blocks.length) + ' query heads are removed.';
 }
 function mount(root, data) {
   const tau = control(root, 'tau'), block = control(root, 'block'), n = data.heads, cell = 210/n, left = 26, top = 24;
@@ -49,7 +49,7 @@ function mount(root, data) {
     });
     const x = scale(0, data.blocks.length, 300, 555), most = n - data.groups, y = scale(0, most, 234, top + 6);
     axis(svg, y, 300, 12, [0, most], true, '', v => v);
-    add(svg, 'text', {x: 276, y: 12}, 'heads that leave, block by block');
+    add(svg, 'text', {x: 276, y: 12}, 'removed heads, block by block');
     add(svg, 'line', {x1: 300, x2: 555, y1: y(most), y2: y(most), stroke: 'currentColor', 'stroke-dasharray': '3 3', 'stroke-opacity': .6});
     data.blocks.forEach((u, i) => {
       const k = leaving(matrix(u, n), data.groups, t).length, w = x(1) - x(0);
