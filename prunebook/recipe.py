@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 import torch
 from fastcore.basics import patch
-from torch import nn
 from torch.nn import functional as F
 from . import estimate as est
 from .couplings import anatomy, weight_of
@@ -23,8 +22,8 @@ from .plan import bundles, check_numbers, check_type, global_steps, keep_after, 
 from .repair import as_double
 from .stream import in_basis, run_key, values_turn
 from .structures import remove_rows, row_costs
-from .text import Windows, self_generated
-from .walk import from_first, gathered, logits_after, record_calls, replaced, through
+from .text import Windows
+from .walk import gathered, logits_after, record_calls, replaced, through
 
 # %% ../nbs/70_recipe.ipynb #fea84ddf
 @torch.no_grad()
@@ -467,117 +466,6 @@ def _repaired(self:Recipe, v, keep):
     trust = _trust_for(v.tokens) if self.trust is None else self.trust
     return v.aimed(keep, self.ridge_for(v.tokens), trust)
 
-# %% ../nbs/70_recipe.ipynb #ra15e002
-def _alternating(
-    windows, # calibration `Windows`
-    own, # other `Windows` of the same length
-):
-    "The windows of both, each kind evenly among the other."
-    place = lambda w: (torch.arange(len(w)) + .5)/len(w)
-    order = torch.cat([place(windows), place(own)]).argsort(stable=True)
-    return Windows(torch.cat([windows.ids, own.ids])[order], f'{windows.source}, and {len(own)} windows {own.source}')
-
-_OWN_AT_ONCE = 32 # windows that are written at the same time
-
-@patch
-def _with_own(self:Recipe, ctx):
-    "The calibration windows, and those that the model writes."
-    n = round(self.own*len(ctx.windows))
-    if not n: return ctx.windows
-    own = self_generated(ctx.model, n, ctx.windows.seqlen, batch_size=_OWN_AT_ONCE)
-    return _alternating(ctx.windows, Windows(from_first(own.ids), own.source))
-
-# %% ../nbs/70_recipe.ipynb #ra15e005
-@torch.no_grad()
-def _last_norm(
-    model, # a causal language model
-    ids, # any token ids, (batch, seqlen)
-    state, # a state after its last block, (batch, seqlen, d)
-):
-    "The norm in front of the head. Raises `ValueError` if the model has none with weights."
-    inside, called = tuple(f'{b.name}.' for b in anatomy(model)), []
-    flat = lambda m: getattr(m, 'weight', None) is not None and m.weight.shape == state.shape[-1:]
-    norms = [m for n, m in model.named_modules() if flat(m) and not n.startswith(inside)]
-    handles = [m.register_forward_hook(lambda m, *args: called.append(m)) for m in norms]
-    try: logits_after(model, ids, state)
-    finally:
-        for h in handles: h.remove()
-    if not called: raise ValueError('There is no norm with weights in front of the head; leave out temper.')
-    return called[-1]
-
-# %% ../nbs/70_recipe.ipynb #ra15e007
-@torch.no_grad()
-def _scale_norm(
-    norm, # a norm with weights
-    t, # factor
-):
-    "Multiply what a norm gives, in place."
-    weight, bias = norm.weight, getattr(norm, 'bias', None)
-    new = lambda p, value: nn.Parameter(value.to(p), requires_grad=p.requires_grad)
-    norm.weight = new(weight, torch.zeros_like(weight))
-    given = norm(torch.arange(1., len(weight) + 1).to(weight))
-    one = 0. if (given if bias is None else given - bias).abs().max() < 1e-6 else 1.    # what is added to the weight
-    norm.weight = new(weight, t*(weight.double() + one) - one)
-    if bias is not None: norm.bias = new(bias, t*bias.double())
-
-# %% ../nbs/70_recipe.ipynb #ra15e010
-_TEMPERS = .5, 1.25 # least and largest factor
-_TEMPER_LOOKS = 21 # factors that are tried
-
-def _least(
-    f, # a convex function of a number
-    low, high, # interval
-    evaluations=_TEMPER_LOOKS, # of the function
-    points=7, # of them in each look; the interval becomes a third of it
-):
-    "Where the function is least, to a fiftieth of the interval."
-    for _ in range(evaluations//points):
-        x = torch.linspace(low, high, points).tolist()
-        values = [f(at) for at in x]
-        best = values.index(min(values))
-        low, high = x[max(best - 1, 0)], x[min(best + 1, points - 1)]
-    return (low + high)/2
-
-# %% ../nbs/70_recipe.ipynb #ra15e013
-_TEMPER_WINDOWS, _TEMPER_SEQLEN = 4, 256 # text on which the factor is chosen
-
-def _last_states(source, ids):
-    "States after the last block, (batch, seqlen, d)."
-    riders = _Riders(source, ids)
-    for b in anatomy(source.model):
-        riders.step(source.open(b), b.layer)
-        source.close(b)
-    return riders.states[0]
-
-def _temper(
-    model, # the pruned model; its last norm is scaled
-    ids, # text that no fit has read, (batch, seqlen)
-    dense, # states of the dense model after its last block, (batch, seqlen, d)
-    pruned, # those of the pruned model
-):
-    "Scale the logits so that they are as sure as those of the dense model (eq. temper); the factor."
-    reference = F.log_softmax(logits_after(model, ids, dense).float(), -1)
-    norm = _last_norm(model, ids, pruned)
-    own = norm.forward
-    def divergence(t):
-        with replaced([(norm, lambda *args, **kw: t*own(*args, **kw))]): return _divergence(logits_after(model, ids, pruned), reference)
-    t = _least(divergence, *_TEMPERS)
-    _scale_norm(norm, t)
-    return t
-
-@patch
-def _run(self:Recipe, ctx):
-    "The stream, between what the model writes and the temperature."
-    ctx = replace(ctx, windows=self._with_own(ctx))
-    if not self.temper: return super(Recipe, self).run(ctx)
-    seqlen = min(_TEMPER_SEQLEN, ctx.windows.seqlen)
-    ids = from_first(self_generated(ctx.model, _TEMPER_WINDOWS, seqlen, seed=1).ids)
-    dense = _last_states(ctx.source, ids)
-    _last_norm(ctx.model, ids, dense)                      # an error before any work
-    found = super(Recipe, self).run(ctx)
-    _temper(ctx.model, ids, dense, _last_states(ctx.source, ids))
-    return found
-
 # %% ../nbs/70_recipe.ipynb #3b93a655
 @patch
 def visit_work(self:Recipe, job, p, level='second'):
@@ -613,28 +501,6 @@ def _turn_work(job, p):
 def before_work(self:Recipe, job):
     "Probes: a walk with trials, and for each trial a pass from its block to the logits. Before them the model writes."
     return self._probing_work(job) + self._writing_work(job)
-
-@patch
-def read_tokens(self:Recipe, tokens, seqlen): return tokens + round(self.own*max(1, tokens//seqlen))*seqlen
-
-def _written(job, windows, at_once, seqlen):
-    "Windows that the model writes, one token after the other; the keys and values of those at the same time are kept."
-    if not windows: return est.Work()
-    kept = sum(b.kv_heads*(b.head_dim + b.value_dim) for b in anatomy(job.model))*min(windows, at_once)*seqlen*job.size
-    read = sum(est.attention(p.block, 1, seqlen).flops for p in job.places if p.part == 'attention')/2    # of them, on average
-    tokens = windows*seqlen
-    return (est.hold(kept) + (est.forward_blocks(job, tokens, 0) + est.head(job, tokens) + est.Work(read*tokens)))*1
-
-@patch
-def _writing_work(self:Recipe, job):
-    "What the model writes, and the search for the temperature."
-    total = _written(job, round(self.own*job.windows/(1 + self.own)), _OWN_AT_ONCE, job.seqlen)
-    if not self.temper: return total
-    seqlen = min(_TEMPER_SEQLEN, job.seqlen)
-    ids = _TEMPER_WINDOWS*seqlen
-    passes = est.forward_blocks(job, ids, seqlen)*(2 - job.sparsity)
-    heads = est.head(job, ids)*(_TEMPER_LOOKS + 3) + est.brief(20*ids*job.vocabulary)
-    return total + (_written(job, _TEMPER_WINDOWS, _TEMPER_WINDOWS, seqlen) + passes + heads)*1
 
 @patch
 def _probing_work(self:Recipe, job):
@@ -677,3 +543,142 @@ def _curved_work(self:Recipe, job):
     "The curvature at second linears, and a walk with an inverse at each."
     curved = curvature_work(job, [c.second[0] for c in job.table], job.windows, batch=4)
     return (curved + est.walking(job, visit=lambda job, p, level: (est.gram(job, p.f) + est.inverse(p.f) + est.brief(16*p.f**2))*1))*1
+
+# %% ../nbs/70a_own.ipynb #ow000004
+from torch import nn
+from .text import self_generated
+from .walk import from_first
+
+# %% ../nbs/70a_own.ipynb #ra15e002
+def _alternating(
+    windows, # calibration `Windows`
+    own, # other `Windows` of the same length
+):
+    "The windows of both, each kind evenly among the other."
+    place = lambda w: (torch.arange(len(w)) + .5)/len(w)
+    order = torch.cat([place(windows), place(own)]).argsort(stable=True)
+    return Windows(torch.cat([windows.ids, own.ids])[order], f'{windows.source}, and {len(own)} windows {own.source}')
+
+_OWN_AT_ONCE = 32 # windows that are written at the same time
+
+@patch
+def _with_own(self:Recipe, ctx):
+    "The calibration windows, and those that the model writes."
+    n = round(self.own*len(ctx.windows))
+    if not n: return ctx.windows
+    own = self_generated(ctx.model, n, ctx.windows.seqlen, batch_size=_OWN_AT_ONCE)
+    return _alternating(ctx.windows, Windows(from_first(own.ids), own.source))
+
+# %% ../nbs/70a_own.ipynb #ra15e005
+@torch.no_grad()
+def _last_norm(
+    model, # a causal language model
+    ids, # any token ids, (batch, seqlen)
+    state, # a state after its last block, (batch, seqlen, d)
+):
+    "The norm in front of the head. Raises `ValueError` if the model has none with weights."
+    inside, called = tuple(f'{b.name}.' for b in anatomy(model)), []
+    flat = lambda m: getattr(m, 'weight', None) is not None and m.weight.shape == state.shape[-1:]
+    norms = [m for n, m in model.named_modules() if flat(m) and not n.startswith(inside)]
+    handles = [m.register_forward_hook(lambda m, *args: called.append(m)) for m in norms]
+    try: logits_after(model, ids, state)
+    finally:
+        for h in handles: h.remove()
+    if not called: raise ValueError('There is no norm with weights in front of the head; leave out temper.')
+    return called[-1]
+
+# %% ../nbs/70a_own.ipynb #ra15e007
+@torch.no_grad()
+def _scale_norm(
+    norm, # a norm with weights
+    t, # factor
+):
+    "Multiply what a norm gives, in place."
+    weight, bias = norm.weight, getattr(norm, 'bias', None)
+    new = lambda p, value: nn.Parameter(value.to(p), requires_grad=p.requires_grad)
+    norm.weight = new(weight, torch.zeros_like(weight))
+    given = norm(torch.arange(1., len(weight) + 1).to(weight))
+    one = 0. if (given if bias is None else given - bias).abs().max() < 1e-6 else 1.    # what is added to the weight
+    norm.weight = new(weight, t*(weight.double() + one) - one)
+    if bias is not None: norm.bias = new(bias, t*bias.double())
+
+# %% ../nbs/70a_own.ipynb #ra15e010
+_TEMPERS = .5, 1.25 # least and largest factor
+_TEMPER_LOOKS = 21 # factors that are tried
+
+def _least(
+    f, # a convex function of a number
+    low, high, # interval
+    evaluations=_TEMPER_LOOKS, # of the function
+    points=7, # of them in each look; the interval becomes a third of it
+):
+    "Where the function is least, to a fiftieth of the interval."
+    for _ in range(evaluations//points):
+        x = torch.linspace(low, high, points).tolist()
+        values = [f(at) for at in x]
+        best = values.index(min(values))
+        low, high = x[max(best - 1, 0)], x[min(best + 1, points - 1)]
+    return (low + high)/2
+
+# %% ../nbs/70a_own.ipynb #ra15e013
+_TEMPER_WINDOWS, _TEMPER_SEQLEN = 4, 256 # text on which the factor is chosen
+
+def _last_states(source, ids):
+    "States after the last block, (batch, seqlen, d)."
+    riders = _Riders(source, ids)
+    for b in anatomy(source.model):
+        riders.step(source.open(b), b.layer)
+        source.close(b)
+    return riders.states[0]
+
+def _temper(
+    model, # the pruned model; its last norm is scaled
+    ids, # text that no fit has read, (batch, seqlen)
+    dense, # states of the dense model after its last block, (batch, seqlen, d)
+    pruned, # those of the pruned model
+):
+    "Scale the logits so that they are as sure as those of the dense model (eq. temper); the factor."
+    reference = F.log_softmax(logits_after(model, ids, dense).float(), -1)
+    norm = _last_norm(model, ids, pruned)
+    own = norm.forward
+    def divergence(t):
+        with replaced([(norm, lambda *args, **kw: t*own(*args, **kw))]): return _divergence(logits_after(model, ids, pruned), reference)
+    t = _least(divergence, *_TEMPERS)
+    _scale_norm(norm, t)
+    return t
+
+@patch
+def _run(self:Recipe, ctx):
+    "The stream, between what the model writes and the temperature."
+    ctx = replace(ctx, windows=self._with_own(ctx))
+    if not self.temper: return super(Recipe, self).run(ctx)
+    seqlen = min(_TEMPER_SEQLEN, ctx.windows.seqlen)
+    ids = from_first(self_generated(ctx.model, _TEMPER_WINDOWS, seqlen, seed=1).ids)
+    dense = _last_states(ctx.source, ids)
+    _last_norm(ctx.model, ids, dense)                      # an error before any work
+    found = super(Recipe, self).run(ctx)
+    _temper(ctx.model, ids, dense, _last_states(ctx.source, ids))
+    return found
+
+# %% ../nbs/70a_own.ipynb #ow000009
+@patch
+def read_tokens(self:Recipe, tokens, seqlen): return tokens + round(self.own*max(1, tokens//seqlen))*seqlen
+
+def _written(job, windows, at_once, seqlen):
+    "Windows that the model writes, one token after the other; the keys and values of those at the same time are kept."
+    if not windows: return est.Work()
+    kept = sum(b.kv_heads*(b.head_dim + b.value_dim) for b in anatomy(job.model))*min(windows, at_once)*seqlen*job.size
+    read = sum(est.attention(p.block, 1, seqlen).flops for p in job.places if p.part == 'attention')/2    # of them, on average
+    tokens = windows*seqlen
+    return (est.hold(kept) + (est.forward_blocks(job, tokens, 0) + est.head(job, tokens) + est.Work(read*tokens)))*1
+
+@patch
+def _writing_work(self:Recipe, job):
+    "What the model writes, and the search for the temperature."
+    total = _written(job, round(self.own*job.windows/(1 + self.own)), _OWN_AT_ONCE, job.seqlen)
+    if not self.temper: return total
+    seqlen = min(_TEMPER_SEQLEN, job.seqlen)
+    ids = _TEMPER_WINDOWS*seqlen
+    passes = est.forward_blocks(job, ids, seqlen)*(2 - job.sparsity)
+    heads = est.head(job, ids)*(_TEMPER_LOOKS + 3) + est.brief(20*ids*job.vocabulary)
+    return total + (_written(job, _TEMPER_WINDOWS, _TEMPER_WINDOWS, seqlen) + passes + heads)*1
