@@ -402,61 +402,6 @@ def _shared_out(self:Recipe, ctx):
         costs = {c.name: price(c) for c in ctx.table}
     return global_steps(ctx.table, costs, ctx.sparsity, ctx.total)
 
-# %% ../nbs/70_recipe.ipynb #de0d0002
-def _hull(
-    points, # triples of parameters that are freed, damage and bundles that left; ascending, from (0, 0, 0)
-):
-    "Corners of the lower convex hull: the points where stopping is worth it."
-    corners = []
-    for x, y, k in points:
-        slope = lambda p: (y - p[1])/(x - p[0])
-        while len(corners) > 1 and slope(corners[-1]) <= (corners[-1][1] - corners[-2][1])/(corners[-1][0] - corners[-2][0]): corners.pop()
-        corners.append((x, y, k))
-    return corners
-
-# %% ../nbs/70_recipe.ipynb #de0d0006
-def _whole_or_share(
-    table, # couplings that may give units, or all of them
-    damage, # dict of coupling name -> damage when 0, 1, ... n bundles have left; infinite where it must not stop
-    sparsity, # fraction of decoder parameters to remove
-    total, # parameters of the decoder linears
-):
-    "How many bundles each coupling loses, by the edges of the hulls of damage over parameters; dict by coupling name."
-    edges = []
-    for i, c in enumerate(table):
-        stops = [k for k in rungs(c) if damage[c.name][k] < float('inf')]
-        hull = _hull([(c.freed(c.groups*k), damage[c.name][k].item(), k) for k in stops])
-        edges += [((b[1] - a[1])/(b[0] - a[0]), i, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
-    steps, left = {c.name: 0 for c in table}, sparsity*total
-    for large in (False, True):
-        waits = set()
-        for price, i, size, k in sorted(edges):
-            c = table[i]
-            if left <= 0 or k <= steps[c.name] or c.name in waits: continue
-            if size > left + c.cost*c.groups and not large: waits.add(c.name)
-            else: steps[c.name], left = k, left - size
-    return steps
-
-@patch
-def _with_whole_parts(self:Recipe, ctx, points):
-    "How many bundles each coupling loses where whole parts may go; the last probe of each is the whole part."
-    damage = {}
-    for c in ctx.table:
-        n, (*shares, (_, whole)) = c.n_units//c.groups, points[c.name]
-        curve = _cost_curve(n, shares) if shares else torch.full((n + 1,), float('inf'), dtype=torch.float64)
-        curve[0] = 0
-        curve *= (torch.arange(n + 1)/n)**self.interaction if shares else 1                # (eq. context)
-        curve[max(1, int(self.shares[-1]*n)) + 1:] = float('inf')
-        curve[n] = whole
-        damage[c.name] = curve
-    return _whole_or_share(ctx.table, damage, ctx.sparsity, ctx.total)
-
-@patch
-def table(self:Recipe, model, units=None):
-    "The couplings of all blocks that are not in `spare`; with `depth`, all of their units may leave."
-    found = super(Recipe, self).table(model, units)
-    return [replace(c, least=0) for c in found] if self.depth else found
-
 # %% ../nbs/70_recipe.ipynb #r85e04d7
 @patch
 def _repaired(self:Recipe, v, keep):
@@ -682,3 +627,58 @@ def _writing_work(self:Recipe, job):
     passes = est.forward_blocks(job, ids, seqlen)*(2 - job.sparsity)
     heads = est.head(job, ids)*(_TEMPER_LOOKS + 3) + est.brief(20*ids*job.vocabulary)
     return total + (_written(job, _TEMPER_WINDOWS, _TEMPER_WINDOWS, seqlen) + passes + heads)*1
+
+# %% ../nbs/72_depth.ipynb #de0d0002
+def _hull(
+    points, # triples of parameters that are freed, damage and bundles that left; ascending, from (0, 0, 0)
+):
+    "Corners of the lower convex hull: the points where stopping is worth it."
+    corners = []
+    for x, y, k in points:
+        slope = lambda p: (y - p[1])/(x - p[0])
+        while len(corners) > 1 and slope(corners[-1]) <= (corners[-1][1] - corners[-2][1])/(corners[-1][0] - corners[-2][0]): corners.pop()
+        corners.append((x, y, k))
+    return corners
+
+# %% ../nbs/72_depth.ipynb #de0d0006
+def _whole_or_share(
+    table, # couplings that may give units, or all of them
+    damage, # dict of coupling name -> damage when 0, 1, ... n bundles have left; infinite where it must not stop
+    sparsity, # fraction of decoder parameters to remove
+    total, # parameters of the decoder linears
+):
+    "How many bundles each coupling loses, by the edges of the hulls of damage over parameters; dict by coupling name."
+    edges = []
+    for i, c in enumerate(table):
+        stops = [k for k in rungs(c) if damage[c.name][k] < float('inf')]
+        hull = _hull([(c.freed(c.groups*k), damage[c.name][k].item(), k) for k in stops])
+        edges += [((b[1] - a[1])/(b[0] - a[0]), i, b[0] - a[0], b[2]) for a, b in itertools.pairwise(hull)]
+    steps, left = {c.name: 0 for c in table}, sparsity*total
+    for large in (False, True):
+        waits = set()
+        for price, i, size, k in sorted(edges):
+            c = table[i]
+            if left <= 0 or k <= steps[c.name] or c.name in waits: continue
+            if size > left + c.cost*c.groups and not large: waits.add(c.name)
+            else: steps[c.name], left = k, left - size
+    return steps
+
+@patch
+def _with_whole_parts(self:Recipe, ctx, points):
+    "How many bundles each coupling loses where whole parts may go; the last probe of each is the whole part."
+    damage = {}
+    for c in ctx.table:
+        n, (*shares, (_, whole)) = c.n_units//c.groups, points[c.name]
+        curve = _cost_curve(n, shares) if shares else torch.full((n + 1,), float('inf'), dtype=torch.float64)
+        curve[0] = 0
+        curve *= (torch.arange(n + 1)/n)**self.interaction if shares else 1                # (eq. context)
+        curve[max(1, int(self.shares[-1]*n)) + 1:] = float('inf')
+        curve[n] = whole
+        damage[c.name] = curve
+    return _whole_or_share(ctx.table, damage, ctx.sparsity, ctx.total)
+
+@patch
+def table(self:Recipe, model, units=None):
+    "The couplings of all blocks that are not in `spare`; with `depth`, all of their units may leave."
+    found = super(Recipe, self).table(model, units)
+    return [replace(c, least=0) for c in found] if self.depth else found
