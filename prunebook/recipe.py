@@ -192,7 +192,7 @@ class Recipe(Method):
         return Needs(dense='stream' if aims else None, everywhere=aims, whole_model=whole, shared=True)
 
     def only_slices(self): return not (self.restore or self.turn or self.temper)
-    def run(self, ctx): return self._run(ctx)
+    def run(self, ctx): return self._run(ctx) if self.own or self.temper else super().run(ctx)
     def score(self, v): return self._scored(v)
     def repair(self, v, keep): return self._repaired(v, keep)
     def allocate(self, ctx): return self._shared_out(ctx)
@@ -445,7 +445,8 @@ def _turn_work(job, p):
 @patch
 def before_work(self:Recipe, job):
     "Probes: a walk with trials, and for each trial a pass from its block to the logits. Before them the model writes."
-    return self._probing_work(job) + self._writing_work(job)
+    writes = self._writing_work(job) if self.own or self.temper else est.Work()
+    return self._probing_work(job) + writes
 
 @patch
 def _probing_work(self:Recipe, job):
