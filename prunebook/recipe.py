@@ -182,7 +182,7 @@ class Recipe(Method):
     measure_windows: int = setting(4, least=1, is_a='a number of windows') # calibration windows, the last ones, on which probes are measured; at most an eighth of all
     measure_seqlen: int = setting(256, least=2, is_a='a number of tokens, at least 2') # their first tokens
     own: float = setting(0., least=0, most=8, is_a='a share of the calibration windows, from 0 to 8') # windows that the model writes itself, and that are read beside the calibration windows, as a share of their number
-    temper: bool = False # in the end, scale the logits so that they are as sure as those of the dense model
+    temper: bool = False # in the end, multiply the logits by the one factor that brings them nearest to the dense model (eq. temper)
 
     @property
     def needs(self):
@@ -492,6 +492,7 @@ def _curved_work(self:Recipe, job):
 
 # %% ../nbs/70a_own.ipynb #ow000004
 from torch import nn
+from .models import text_config
 from .text import self_generated
 from .walk import from_first
 
@@ -519,15 +520,14 @@ def _with_own(self:Recipe, ctx):
 @torch.no_grad()
 def _last_norm(
     model, # a causal language model
-    ids, # any token ids, (batch, seqlen)
-    state, # a state after its last block, (batch, seqlen, d)
 ):
     "The norm in front of the head. Raises `ValueError` if the model has none with weights."
     inside, called = tuple(f'{b.name}.' for b in anatomy(model)), []
-    flat = lambda m: getattr(m, 'weight', None) is not None and m.weight.shape == state.shape[-1:]
+    d = text_config(model).hidden_size
+    flat = lambda m: getattr(m, 'weight', None) is not None and m.weight.shape == (d,)
     norms = [m for n, m in model.named_modules() if flat(m) and not n.startswith(inside)]
     handles = [m.register_forward_hook(lambda m, *args: called.append(m)) for m in norms]
-    try: logits_after(model, ids, state)
+    try: logits_after(model, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, d, dtype=model.dtype))
     finally:
         for h in handles: h.remove()
     if not called: raise ValueError('There is no norm with weights in front of the head; leave out temper.')
@@ -537,7 +537,7 @@ def _last_norm(
 @torch.no_grad()
 def _scale_norm(
     norm, # a norm with weights
-    t, # factor
+    beta, # factor
 ):
     "Multiply what a norm gives, in place."
     weight, bias = norm.weight, getattr(norm, 'bias', None)
@@ -545,11 +545,11 @@ def _scale_norm(
     norm.weight = new(weight, torch.zeros_like(weight))
     given = norm(torch.arange(1., len(weight) + 1).to(weight))
     one = 0. if (given if bias is None else given - bias).abs().max() < 1e-6 else 1.    # what is added to the weight
-    norm.weight = new(weight, t*(weight.double() + one) - one)
-    if bias is not None: norm.bias = new(bias, t*bias.double())
+    norm.weight = new(weight, beta*(weight.double() + one) - one)
+    if bias is not None: norm.bias = new(bias, beta*bias.double())
 
 # %% ../nbs/70a_own.ipynb #ra15e010
-_TEMPERS = .5, 1.25 # least and largest factor
+_TEMPERS = .5, 1.25 # least and largest factor β
 _TEMPER_LOOKS = 21 # factors that are tried
 
 def _least(
@@ -583,25 +583,26 @@ def _temper(
     dense, # states of the dense model after its last block, (batch, seqlen, d)
     pruned, # those of the pruned model
 ):
-    "Scale the logits so that they are as sure as those of the dense model (eq. temper); the factor."
+    "Multiply the logits by the factor that brings them nearest to the dense model (eq. temper); the factor."
     reference = F.log_softmax(logits_after(model, ids, dense).float(), -1)
-    norm = _last_norm(model, ids, pruned)
+    norm = _last_norm(model)
     own = norm.forward
-    def divergence(t):
-        with replaced([(norm, lambda *args, **kw: t*own(*args, **kw))]): return _divergence(logits_after(model, ids, pruned), reference)
-    t = _least(divergence, *_TEMPERS)
-    _scale_norm(norm, t)
-    return t
+    def divergence(beta):
+        with replaced([(norm, lambda *args, **kw: beta*own(*args, **kw))]): logits = logits_after(model, ids, pruned)
+        return _divergence(logits, reference)
+    beta = _least(divergence, *_TEMPERS)
+    _scale_norm(norm, beta)
+    return beta
 
 @patch
 def _run(self:Recipe, ctx):
     "The stream, between what the model writes and the temperature."
+    if self.temper: _last_norm(ctx.model)                  # an error before any work
     ctx = replace(ctx, windows=self._with_own(ctx))
     if not self.temper: return super(Recipe, self).run(ctx)
     seqlen = min(_TEMPER_SEQLEN, ctx.windows.seqlen)
     ids = from_first(self_generated(ctx.model, _TEMPER_WINDOWS, seqlen, seed=1).ids)
     dense = _last_states(ctx.source, ids)
-    _last_norm(ctx.model, ids, dense)                      # an error before any work
     found = super(Recipe, self).run(ctx)
     _temper(ctx.model, ids, dense, _last_states(ctx.source, ids))
     return found
@@ -626,7 +627,7 @@ def _writing_work(self:Recipe, job):
     seqlen = min(_TEMPER_SEQLEN, job.seqlen)
     ids = _TEMPER_WINDOWS*seqlen
     passes = est.forward_blocks(job, ids, seqlen)*(2 - job.sparsity)
-    heads = est.head(job, ids)*(_TEMPER_LOOKS + 3) + est.brief(20*ids*job.vocabulary)
+    heads = est.head(job, ids)*(_TEMPER_LOOKS + 1) + est.brief(20*ids*job.vocabulary)
     return total + (_written(job, _TEMPER_WINDOWS, _TEMPER_WINDOWS, seqlen) + passes + heads)*1
 
 # %% ../nbs/72_depth.ipynb #de0d0002

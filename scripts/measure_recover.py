@@ -89,19 +89,19 @@ def known(file, make):
 OWN = 128                                                  # most windows that the dense model writes; they are read again after that
 
 
-def own_windows(cut, n, work):
-    "Windows that the dense model writes; kept in the work folder, as writing is slow."
+def own_windows(cut, n, file):
+    "Windows that the dense model writes; kept in a file, as writing is slow."
     def write():
         w = cut('self', n)
         return dict(ids=w.ids.tolist(), source=w.source)
-    found = known(work/f'self-{n}.json', write)
+    found = known(file, write)
     return Windows(torch.tensor(found['ids']), found['source'])
 
 
-def texts(form, n, cut, work):
+def texts(form, n, cut, file):
     "Windows to train on, from one text or in equal parts from several; each is read once, but for those that the model writes."
     names = (form,) if isinstance(form, str) else form
-    parts = [own_windows(cut, min(n//len(names), OWN), work) if t == 'self' else cut(t, n//len(names)) for t in names]
+    parts = [own_windows(cut, min(n//len(names), OWN), file) if t == 'self' else cut(t, n//len(names)) for t in names]
     if len(parts) == 1: return parts[0]
     n = max(map(len, parts))
     again = [p.ids.repeat(-(-n//len(p)), 1)[:n] for p in parts]
@@ -124,7 +124,7 @@ def measure(cell, work, tasks, limit):
     cut = lambda source, n, **kw: load_windows(source, dense, tokenizer, n, SEQLEN, cell.seed, **kw)
     few = cut('wikitext2', 2*how.batch_size)
     steps = cell.steps or known(work/f'{cell.name}-steps.json', lambda: steps_for(cell.minutes, small, dense, few, how, cell.form))
-    train, watch = texts(text, steps*how.batch_size, cut, work), cut('passages', 4)
+    train, watch = texts(text, steps*how.batch_size, cut, work/f'{cell.name}-self.json'), cut('passages', 4)
     test = {t: cut(t, 64, evaluation=True) for t in ('wikitext2', 'passages')}
     before = State.of(small, tokenizer, test, tasks, limit)
     start = time.process_time()
