@@ -21,7 +21,7 @@ from .methods import Method, Needs, setting
 from .plan import bundles, check_numbers, check_type, global_steps, keep_after, rungs, write_atomic
 from .repair import as_double
 from .stream import in_basis, run_key, values_turn
-from .structures import remove_rows, row_costs
+from .structures import row_costs
 from .text import Windows
 from .walk import gathered, logits_after, record_calls, replaced, through
 
@@ -177,6 +177,7 @@ class Recipe(Method):
     depth: bool = False # attention or the MLP of a block may go as a whole, at the price that is measured
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
+    metric: Literal['output', 'loss'] = 'output' # where units are chosen, an error counts by its square at the `output` of its module, or by the `loss` (eq. metric)
     shares: tuple[float, ...] = setting((.25, .5, .75), is_a='one or more fractions between 0 and 1, ascending') # shares of a block's units at which it is probed; no more than the last may leave
     interaction: float = setting(1., least=0, is_a='an exponent, at least 0') # γ, how much faster damage grows than measured one block at a time (eq. context)
     measure_windows: int = setting(4, least=1, is_a='a number of windows') # calibration windows, the last ones, on which probes are measured; at most an eighth of all
@@ -187,7 +188,7 @@ class Recipe(Method):
     @property
     def needs(self):
         aims = self.restore and self.trust != 0
-        whole = ('takes gradients through the whole model' if self.allocation == 'curvature' else
+        whole = ('takes gradients through the whole model' if 'curvature' == self.allocation or self.metric == 'loss' else
                  'writes text with the whole model (own, temper)' if self.own or self.temper else '')
         return Needs(dense='stream' if aims else None, everywhere=aims, whole_model=whole, shared=True)
 
@@ -221,6 +222,17 @@ def _make_uniform(self:Recipe):
         raise ValueError(f'{wrong} is {getattr(self, wrong)!r}, which makes blocks differ; leave out {wrong} or uniform.')
 
 # %% ../nbs/70_recipe.ipynb #c51ce5a8
+def _adapted(
+    W, # weight, one column a row, (n, d)
+    P, # inverse of its damped second moments, (n, n)
+    gone, # columns that leave
+    kept, # all others
+):
+    "What is left of both when some columns leave and the others adapt, (m, d) and (m, m)."
+    seen = torch.cat([W[gone], P[gone][:, kept]], 1)
+    change = P[kept][:, gone] @ torch.linalg.solve(P[gone][:, gone], seen)
+    return W[kept] - change[:, :W.shape[1]], P[kept][:, kept] - change[:, W.shape[1]:]
+
 def _greedy_order(
     W, # weight of the second linear, (d, f)
     C, # second moments of its inputs, (f, f)
@@ -230,15 +242,15 @@ def _greedy_order(
 ):
     "Rank of each unit when the cheapest are removed first and the others adapt (eq. greedy), (units,)."
     W, P = as_double(W).T, ridge.inverse(C)                # (f, d)
-    identity = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
     table, left, order = table.to(W.device), torch.arange(len(table)), []
     while len(left):
-        ranked = row_costs(W, identity, P, table[left]).cpu().argsort(stable=True)
-        order.append(left[ranked[:chunk]])
-        gone = table[order[-1]].flatten()
-        W = remove_rows(W, P, gone)
-        P = P - P[:, gone] @ (torch.linalg.inv(P[gone][:, gone]) @ P[gone])
-        left = left[ranked[chunk:].sort().values]
+        ranked = row_costs(W, None, P, table).argsort(stable=True)
+        leave, stay = ranked[:chunk], ranked[chunk:].sort().values
+        order.append(left[leave.cpu()])
+        left, gone, kept = left[stay.cpu()], table[leave].flatten(), table[stay].flatten()
+        place = torch.empty(len(P), dtype=torch.long, device=W.device)
+        place[kept] = torch.arange(len(kept), device=W.device)
+        W, P, table = *_adapted(W, P, gone, kept), place[table[stay]]
     return torch.cat(order).argsort().float()
 
 # %% ../nbs/70_recipe.ipynb #c0af385c
@@ -248,16 +260,20 @@ def _turns(self:Recipe, v):
     turns = v.coupling is not None and v.coupling.unit.turns
     return self.turn and turns and values_turn(v.model)
 
+def _weighed(v):
+    "The weight at a visit, its outputs weighed by the loss where that is asked for, (d, f)."
+    return v.weight if v.found is None else as_double(v.found[v.second].to(v.weight.device)) @ as_double(v.weight)
+
 def _own_basis(v):
     "`_value_basis` at a visit of attention."
     block = v.stage.block
-    return _value_basis(v.weight, v.gram, block.kv_heads, block.value_dim)
+    return _value_basis(_weighed(v), v.gram, block.kv_heads, block.value_dim)
 
 @patch
 def _scored(self:Recipe, v):
     "Score of every unit, (units,)."
     if self._turns(v): return _own_basis(v)[1].flatten()
-    W, C = v.weight, v.gram
+    W, C = _weighed(v), v.gram
     if self.order == 'greedy': return _greedy_order(W, C, v.coupling.second[1], self.ridge_for(v.tokens))
     return v.per_unit(column_scores(W, C) if self.order == 'fasp' else W.float().norm(dim=0))
 
@@ -320,7 +336,7 @@ def _probes(self:Recipe,
 def _probe_key(self:Recipe, ctx):
     "What decides the probes, as plain values."
     later = ('allocation', 'trust', 'interaction', 'multiple', 'temper')   # what comes after them
-    added = dict(depth=False, own=0.)                      # settings that files of earlier versions do not have
+    added = dict(depth=False, own=0., metric='output')    # settings that files of earlier versions do not have
     what = {k: v for k, v in self.settings().items() if k not in later and (k not in added or v != added[k])}
     return run_key(ctx.source, ctx.windows, **what)
 
@@ -426,7 +442,15 @@ def _turns_at(self:Recipe, job, p):
     return self.turn and turns and values_turn(job.model)
 
 @patch
-def _score_work(self:Recipe, job, p): return _basis_work(job, p) if self._turns_at(job, p) else est.brief(8*job.d*p.f)
+def _score_work(self:Recipe, job, p):
+    if self._turns_at(job, p): scores = _basis_work(job, p)
+    else: scores = _order_work(job, p) if self.order == 'greedy' else est.brief(8*job.d*p.f)
+    return (est.linear(job.d, job.d, p.f) + est.brief(16*job.d*p.f))*1 + scores if self.metric == 'loss' else scores
+
+def _order_work(job, p):
+    "An inverse, and as units leave, a smaller one for each 32 of them (`_greedy_order`)."
+    d, f = job.d, p.f
+    return (est.inverse(f) + est.Work(2*f**3/3 + d*f*f) + est.brief(16*f*f + 16*d*f))*1
 
 def _basis_work(job, p):
     "The basis of the values of each head (`_value_basis`)."
@@ -444,9 +468,10 @@ def _turn_work(job, p):
 # %% ../nbs/70_recipe.ipynb #e09a0001
 @patch
 def before_work(self:Recipe, job):
-    "Probes: a walk with trials, and for each trial a pass from its block to the logits. Before them the model writes."
+    "Probes. Before them the model writes, and gradients are taken."
     writes = self._writing_work(job) if self.own or self.temper else est.Work()
-    return self._probing_work(job) + writes
+    weighs = self._metric_work(job) if self.metric == 'loss' else est.Work()
+    return writes + weighs + self._probing_work(job)
 
 @patch
 def _probing_work(self:Recipe, job):
@@ -629,6 +654,66 @@ def _writing_work(self:Recipe, job):
     passes = est.forward_blocks(job, ids, seqlen)*(2 - job.sparsity)
     heads = est.head(job, ids)*(_TEMPER_LOOKS + 1) + est.brief(20*ids*job.vocabulary)
     return total + (_written(job, _TEMPER_WINDOWS, _TEMPER_WINDOWS, seqlen) + passes + heads)*1
+
+# %% ../nbs/70b_metric.ipynb #rb000004
+from tqdm.auto import tqdm
+from .curvature import _listening, _pass
+from .walk import gram, processes, summed
+
+# %% ../nbs/70b_metric.ipynb #rb000015
+_METRIC_WINDOWS, _METRIC_SEQLEN = 16, 256 # text whose gradients are taken
+
+def _few(windows):
+    "Windows at equal distances, and their first tokens."
+    some = torch.linspace(0, len(windows) - 1, min(_METRIC_WINDOWS, len(windows))).long()
+    return Windows(windows.ids[some, :_METRIC_SEQLEN], windows.source)
+
+def _gradient_moments(
+    model, # a causal language model in evaluation mode
+    windows, # `Windows` of at least two tokens
+    names, # names of linears
+    batch_size=4, # windows in a forward and backward pass
+):
+    "Sum of g gᵀ over the tokens, for the gradients of the summed loss at the output of each linear, float32, (d, d) each by name."
+    zeros = lambda W: torch.zeros(len(W), len(W), device=W.device)
+    found, (rank, count) = {n: zeros(weight_of(model.get_submodule(n))) for n in names}, processes()
+    def add(kind, name, x): found[name] += gram([x])
+    with _listening(model, dict.fromkeys(names), add) as state:
+        for ids in tqdm(windows.ids[rank::count].split(batch_size), desc='gradients', leave=False):
+            if len(ids): _pass(model, ids.to(model.device), state)
+    return {n: summed(G) for n, G in found.items()}
+
+# %% ../nbs/70b_metric.ipynb #rb000018
+_METRIC_FLOOR = 1e-3 # added to the moments of the gradients, as a fraction of their mean diagonal
+
+def _metric_root(
+    G, # second moments of the gradients, (d, d)
+):
+    "Root of the metric, float32, (d, d); proportional to the identity if all gradients are zero."
+    G = as_double(G)
+    floor = (_METRIC_FLOOR*G.diag().mean()).clamp(min=1e-12)
+    return _roots(G + floor*torch.eye(len(G), dtype=G.dtype, device=G.device))[0].float()
+
+@patch
+def prepare(self:Recipe, ctx):
+    "Root of the metric at every second linear that may lose units, by name; None where the output itself is the measure."
+    if self.metric == 'output': return None
+    names, store = [c.second[0] for c in ctx.table], ctx.run.store
+    found = _gradient_moments(ctx.model, _few(ctx.windows), names, ctx.run.gradient_batch)
+    for n, G in found.items(): check_numbers(G, f'gradients at the outputs of {n}', ctx.model.dtype)
+    return {n: _metric_root(G).to(store or G.device) for n, G in found.items()}
+
+# %% ../nbs/70b_metric.ipynb #rb000028
+@patch
+def _metric_work(self:Recipe, job):
+    "Gradients of a few windows, their moments, and a root of each."
+    windows, seqlen = min(_METRIC_WINDOWS, job.windows), min(_METRIC_SEQLEN, job.seqlen) - 1
+    read, at_once = windows*seqlen, min(windows, job.run.gradient_batch)*seqlen
+    moments = [est.gram(job, job.d, read, at_once) for _ in job.table]
+    kept = 4*job.d**2*len(job.table)
+    products = est.Work(sum(m.flops for m in moments))
+    roots = (est.linear(job.d, job.d, job.d) + est.brief(40*job.d**2))*len(job.table)
+    return est.hold(kept) + est.backward(job, read, at_once, seqlen) + products + roots
 
 # %% ../nbs/72_depth.ipynb #de0d0002
 def _hull(

@@ -23,21 +23,21 @@ from .text import Windows
 # %% ../nbs/51a_structures.ipynb #20252c12
 def row_costs(
     W, # weight, (out, in)
-    A, # second moments of its inputs, (in, in)
+    A, # second moments of its inputs, (in, in); None: the identity
     inverse, # damped inverse of the factor of its outputs, (out, out)
     table=None, # rows that go together, (units, rows); each row alone by default
 ):
     """Least rise of the loss when rows become zero and the others adapt (eq. rowcost), float64, (units,).
     Of columns: `row_costs(W.T, G, inverse of A)`."""
     W = as_double(W)
-    A = as_double(A)
+    through = lambda V: V if A is None else V @ as_double(A)
     if table is not None: table = table.to(W.device)
     if table is None or table.shape[1] == 1:
         r = slice(None) if table is None else table[:, 0]
-        return .5*((W[r] @ A)*W[r]).sum(1)/inverse.diag()[r]
+        return .5*(through(W[r])*W[r]).sum(1)/inverse.diag()[r]
     V = W[table]                                           # (units, rows, in)
     blocks = inverse[table[:, :, None], table[:, None]]    # (units, rows, rows)
-    return .5*torch.linalg.solve(blocks, V @ A @ V.mT).diagonal(dim1=1, dim2=2).sum(1)
+    return .5*torch.linalg.solve(blocks, through(V) @ V.mT).diagonal(dim1=1, dim2=2).sum(1)
 
 # %% ../nbs/51a_structures.ipynb #75abb549
 def remove_rows(

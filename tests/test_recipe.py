@@ -613,6 +613,103 @@ def test_a_plan_gives_the_tempered_model_again(family, tmp_path):
     assert equal(load_pruned(tmp_path/'small')[0], small)
 
 
+# ---- errors measured by the loss -------------------------------------------------------------------------------------
+
+LOSS = dict(metric='loss', order='greedy', measure_seqlen=12)
+
+
+def quadratic_rise(model, w, name, E):
+    "Rise of the summed loss by the gradients of every token, when the output of a linear changes by `E` at every token."
+    linear, found = model.get_submodule(name), []
+    handle = linear.register_forward_hook(lambda m, a, y: found.append(y.requires_grad_() if not y.requires_grad else y) or found[-1].retain_grad())
+    with torch.enable_grad():
+        logits = model(w.ids[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), w.ids[:, 1:].flatten(), reduction='sum').backward()
+    handle.remove()
+    grads = found[0].grad.flatten(0, -2).double()
+    return (grads @ E).square().sum().item()/2
+
+
+@pytest.mark.parametrize('family', ('llama', 'opt', 'gpt2', 'phi'))
+def test_the_metric_is_that_of_the_gradients(family):
+    model = tiny_model(family)
+    w = random_tokens(model, n=5, seqlen=12)
+    name = couplings(model, 'mlp_channel')[0].second[0]
+    G = recipe._gradient_moments(model, w, [name], batch_size=2)[name]
+    E = torch.randn(len(G), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = quadratic_rise(model, w, name, E)
+    assert .5*E @ G.double() @ E == pytest.approx(expected, rel=1e-4)
+    root = recipe._metric_root(G).double()
+    assert .5*(root @ E).square().sum() == pytest.approx(expected + .5*1e-3*G.diag().mean().item()*E.square().sum().item(), rel=1e-3)
+
+
+def test_gradients_are_those_of_the_dense_model_on_few_windows(monkeypatch):
+    model, seen = tiny_model('llama'), []
+    w = random_tokens(model, n=40, seqlen=300)
+    few = recipe._few(w)
+    assert few.ids.shape == (16, 256) and few.ids[0].equal(w.ids[0, :256]) and few.ids[-1].equal(w.ids[-1, :256])
+    take = recipe._gradient_moments
+    monkeypatch.setattr(recipe, '_gradient_moments', lambda m, *a: (seen.append([p.shape for p in m.parameters()]), take(m, *a))[1])
+    prune(model, random_tokens(model, n=8, seqlen=16), Recipe(**LOSS), .2)
+    assert seen == [[p.shape for p in model.parameters()]]
+
+
+@pytest.mark.parametrize('order', ('fasp', 'greedy', 'magnitude'))
+@pytest.mark.parametrize('kind', ('value_channel', 'mlp_channel'))
+def test_only_the_metric_decides_where_gradients_differ(order, kind, monkeypatch):
+    "Units whose outputs have no gradient leave first; with a metric that is the identity nothing changes."
+    model = tiny_model('llama')
+    w, settings = random_tokens(model, n=8, seqlen=16), dict(order=order, units=(kind,), allocation='uniform')
+    kept = lambda **more: prune(model, w, Recipe(**settings, **more), .05)[1].kept
+    plain, weighed = kept(), kept(metric='loss')
+    assert plain != weighed
+    monkeypatch.setattr(recipe, '_metric_root', lambda G: torch.eye(len(G)))
+    assert kept(metric='loss') == plain
+
+
+def test_no_gradient_at_all_is_the_output_itself():
+    root = recipe._metric_root(torch.zeros(5, 5))
+    assert torch.allclose(root/root[0, 0], torch.eye(5)) and root[0, 0] > 0
+
+
+@pytest.mark.parametrize('family', ('llama', 'gemma', 'opt', 'gpt2'))
+@pytest.mark.parametrize('more', (dict(), dict(depth=True), dict(own=.5, temper=True), dict(allocation='curvature')))
+def test_a_plan_gives_the_model_of_the_metric_again(family, more):
+    w = random_tokens(tiny_model(family), n=8, seqlen=16)
+    small, plan = prune(tiny_model(family), w, Recipe(**LOSS, **more), .3)
+    assert equal(plan.apply(tiny_model(family), w), small)
+
+
+def test_gradients_that_are_not_finite_are_named(monkeypatch):
+    model = tiny_model('llama')
+    monkeypatch.setattr(recipe, '_gradient_moments', lambda m, w, names, *a: {n: torch.full((64, 64), math.nan) for n in names})
+    with pytest.raises(ValueError, match='gradients at the outputs of'): prune(model, random_tokens(model, n=8, seqlen=16), Recipe(**LOSS), .2)
+
+
+def test_gradients_are_not_taken_from_disk(tmp_path):
+    model = tiny_model('llama')
+    with pytest.raises(ValueError, match='takes gradients through the whole model'):
+        streamed(model, random_tokens(model, n=8, seqlen=16), Recipe(**LOSS), .2, tmp_path)
+
+
+def test_the_greedy_order_is_that_of_whole_inverses():
+    "Against the same removal in which what has left stays in the matrices as zeros."
+    g = torch.Generator().manual_seed(0)
+    W, X = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((5, 12), (60, 12)))
+    for width in (1, 2, 3):
+        table, ridge = torch.randperm(12, generator=g).view(-1, width), Ridge(.05)
+        P, V, left, expected = ridge.inverse(X.T @ X), W.T.clone(), list(range(len(table))), []
+        while left:
+            cost = lambda u: (V[table[u]].T @ torch.linalg.inv(P[table[u]][:, table[u]]) @ V[table[u]]).trace().item()
+            first = min(left, key=cost)
+            j = table[first]
+            B = torch.linalg.inv(P[j][:, j])
+            V, P = V - P[:, j] @ B @ V[j], P - P[:, j] @ B @ P[j]
+            left.remove(first)
+            expected.append(first)
+        assert _greedy_order(W, X.T @ X, table, ridge, chunk=1).argsort().tolist() == expected
+
+
 def test_text_is_not_written_from_disk(tmp_path):
     model = tiny_model('llama')
     with pytest.raises(ValueError, match='writes text with the whole model'): streamed(model, random_tokens(model, n=8, seqlen=16), Recipe(own=.5), .2, tmp_path)
