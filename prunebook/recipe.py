@@ -229,9 +229,10 @@ def _adapted(
     kept, # all others
 ):
     "What is left of both when some columns leave and the others adapt, (m, d) and (m, m)."
-    seen = torch.cat([W[gone], P[gone][:, kept]], 1)
-    change = P[kept][:, gone] @ torch.linalg.solve(P[gone][:, gone], seen)
-    return W[kept] - change[:, :W.shape[1]], P[kept][:, kept] - change[:, W.shape[1]:]
+    d, beside = W.shape[1], P[kept[:, None], gone]
+    solved = torch.linalg.solve(P[gone[:, None], gone], torch.cat([W[gone], beside.T], 1))
+    rest = P[kept[:, None], kept]
+    return W[kept] - beside @ solved[:, :d], torch.addmm(rest, beside, solved[:, d:], alpha=-1, out=rest)
 
 def _greedy_order(
     W, # weight of the second linear, (d, f)

@@ -655,16 +655,31 @@ def test_gradients_are_those_of_the_dense_model_on_few_windows(monkeypatch):
 
 
 @pytest.mark.parametrize('order', ('fasp', 'greedy', 'magnitude'))
-@pytest.mark.parametrize('kind', ('value_channel', 'mlp_channel'))
-def test_only_the_metric_decides_where_gradients_differ(order, kind, monkeypatch):
-    "Units whose outputs have no gradient leave first; with a metric that is the identity nothing changes."
+def test_the_metric_decides_which_channels_leave(order, monkeypatch):
+    "With a metric that is the identity nothing changes."
     model = tiny_model('llama')
-    w, settings = random_tokens(model, n=8, seqlen=16), dict(order=order, units=(kind,), allocation='uniform')
+    w, settings = random_tokens(model, n=8, seqlen=16), dict(order=order, units=('mlp_channel',), allocation='uniform')
     kept = lambda **more: prune(model, w, Recipe(**settings, **more), .05)[1].kept
     plain, weighed = kept(), kept(metric='loss')
     assert plain != weighed
     monkeypatch.setattr(recipe, '_metric_root', lambda G: torch.eye(len(G)))
     assert kept(metric='loss') == plain
+
+
+def test_the_metric_decides_the_basis_of_the_values(monkeypatch):
+    "The channels that stay keep most of what the metric sees: an output without a gradient is worth nothing."
+    model, rank = tiny_model('llama'), 5
+    w, lost = random_tokens(model, n=8, seqlen=16), {}
+    monkeypatch.setattr(recipe, '_metric_root', lambda G: torch.diag((torch.arange(len(G)) < rank).float()))
+    run = lambda metric: prune(model, w, Recipe(units=('value_channel',), allocation='uniform', restore=False, metric=metric), .08)[0]
+    for metric in ('output', 'loss'):
+        small, found = run(metric), []
+        for m in (model, small):
+            handle = m.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, a, y: found.append(y[..., :rank].double()))
+            m(w.ids)
+            handle.remove()
+        lost[metric] = (found[0] - found[1]).square().sum()
+    assert lost['loss'] < .5*lost['output'], lost
 
 
 def test_no_gradient_at_all_is_the_output_itself():
