@@ -451,7 +451,7 @@ def _score_work(self:Recipe, job, p):
 def _order_work(job, p):
     "An inverse, and as units leave, a smaller one for each 32 of them (`_greedy_order`)."
     d, f = job.d, p.f
-    return (est.inverse(f) + est.Work(2*f**3/3 + d*f*f) + est.brief(16*f*f + 16*d*f))*1
+    return (est.inverse(f) + est.Work(2*f**3/3 + d*f*f) + est.brief(8*f*f + 16*d*f))*1
 
 def _basis_work(job, p):
     "The basis of the values of each head (`_value_basis`)."
@@ -658,7 +658,7 @@ def _writing_work(self:Recipe, job):
 
 # %% ../nbs/70b_metric.ipynb #rb000004
 from tqdm.auto import tqdm
-from .curvature import _listening, _pass
+from .curvature import _checkpointed, _listening, _pass
 from .walk import gram, processes, summed
 
 # %% ../nbs/70b_metric.ipynb #rb000015
@@ -674,12 +674,14 @@ def _gradient_moments(
     windows, # `Windows` of at least two tokens
     names, # names of linears
     batch_size=4, # windows in a forward and backward pass
+    checkpoint=False, # recompute each block in the backward pass: less memory, a third more work
 ):
     "Sum of g gᵀ over the tokens, for the gradients of the summed loss at the output of each linear, float32, (d, d) each by name."
     zeros = lambda W: torch.zeros(len(W), len(W), device=W.device)
     found, (rank, count) = {n: zeros(weight_of(model.get_submodule(n))) for n in names}, processes()
     def add(kind, name, x): found[name] += gram([x])
-    with _listening(model, dict.fromkeys(names), add) as state:
+    blocks = _checkpointed(model) if checkpoint else []
+    with _listening(model, dict.fromkeys(names), add) as state, replaced(blocks):
         for ids in tqdm(windows.ids[rank::count].split(batch_size), desc='gradients', leave=False):
             if len(ids): _pass(model, ids.to(model.device), state)
     return {n: summed(G) for n, G in found.items()}
@@ -700,7 +702,7 @@ def prepare(self:Recipe, ctx):
     "Root of the metric at every second linear that may lose units, by name; None where the output itself is the measure."
     if self.metric == 'output': return None
     names, store = [c.second[0] for c in ctx.table], ctx.run.store
-    found = _gradient_moments(ctx.model, _few(ctx.windows), names, ctx.run.gradient_batch)
+    found = _gradient_moments(ctx.model, _few(ctx.windows), names, ctx.run.gradient_batch, ctx.run.lean)
     for n, G in found.items(): check_numbers(G, f'gradients at the outputs of {n}', ctx.model.dtype)
     return {n: _metric_root(G).to(store or G.device) for n, G in found.items()}
 
@@ -714,7 +716,7 @@ def _metric_work(self:Recipe, job):
     kept = 4*job.d**2*len(job.table)
     products = est.Work(sum(m.flops for m in moments))
     roots = (est.linear(job.d, job.d, job.d) + est.brief(40*job.d**2))*len(job.table)
-    return est.hold(kept) + est.backward(job, read, at_once, seqlen) + products + roots
+    return est.hold(kept) + est.backward(job, read, at_once, seqlen, checkpoint=job.run.lean) + products + roots
 
 # %% ../nbs/72_depth.ipynb #de0d0002
 def _hull(
