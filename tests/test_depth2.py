@@ -310,7 +310,8 @@ def test_second_block_is_fitted_from_pruned_inputs_to_dense_outputs(family, way)
     for n in names:
         dense = weight_of(m.get_submodule(n)).detach().double()
         expected = dense if way == 'one_step' else torch.linalg.lstsq(Xh, X @ dense.T).solution.T
-        assert torch.allclose(weight_of(small.get_submodule(n)).detach().double(), expected[kept], atol=2e-2*expected.abs().max().item())
+        got = weight_of(small.get_submodule(n)).detach().double()      # what inputs hardly show is free: outputs are compared
+        assert (Xh @ (got - expected[kept]).T).norm() < 2e-3*(Xh @ expected[kept].T).norm()
     Y = Z @ weight_of(m.get_submodule(b.mlp_second)).detach().double().T
     got = weight_of(small.get_submodule(b.mlp_second)).detach().double()
     if way is True:
