@@ -177,7 +177,7 @@ class Recipe(Method):
     depth: bool = False # attention or the MLP of a block may go as a whole, at the price that is measured
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
-    metric: Literal['output', 'loss'] = 'output' # where units are chosen, an error counts by its square at the `output` of its module, or by the `loss` (eq. metric)
+    metric: Literal['output', 'loss'] = 'output' # what an error costs where units are chosen (eq. metric)
     shares: tuple[float, ...] = setting((.25, .5, .75), is_a='one or more fractions between 0 and 1, ascending') # shares of a block's units at which it is probed; no more than the last may leave
     interaction: float = setting(1., least=0, is_a='an exponent, at least 0') # γ, how much faster damage grows than measured one block at a time (eq. context)
     measure_windows: int = setting(4, least=1, is_a='a number of windows') # calibration windows, the last ones, on which probes are measured; at most an eighth of all
@@ -188,7 +188,7 @@ class Recipe(Method):
     @property
     def needs(self):
         aims = self.restore and self.trust != 0
-        whole = ('takes gradients through the whole model' if 'curvature' == self.allocation or self.metric == 'loss' else
+        whole = ('takes gradients through the whole model' if self.allocation == 'curvature' or self.metric == 'loss' else
                  'writes text with the whole model (own, temper)' if self.own or self.temper else '')
         return Needs(dense='stream' if aims else None, everywhere=aims, whole_model=whole, shared=True)
 
@@ -676,7 +676,7 @@ def _gradient_moments(
     batch_size=4, # windows in a forward and backward pass
     checkpoint=False, # recompute each block in the backward pass: less memory, a third more work
 ):
-    "Sum of g gᵀ over the tokens, for the gradients of the summed loss at the output of each linear, float32, (d, d) each by name."
+    "Sum of g gᵀ over the tokens, g being the gradient at the output of each linear; float32, (d, d) by name."
     zeros = lambda W: torch.zeros(len(W), len(W), device=W.device)
     found, (rank, count) = {n: zeros(weight_of(model.get_submodule(n))) for n in names}, processes()
     def add(kind, name, x): found[name] += gram([x])
