@@ -174,6 +174,22 @@ def _warn_of_zeros(model, leaders, sums):
         if not sums['A', n].diag()[:width].any():
             warnings.warn(f'All inputs of {n} are zero on this text; they are worth nothing.')
 
+# %% ../nbs/50_curvature.ipynb #cu290001
+def _passes(
+    model, # a causal language model
+    windows, # `Windows`; several processes share them out
+    leaders, # for each linear that is listened to, the one whose inputs count for it, or None
+    add, # called with a kind (`A` or `G`), a name and what was met
+    batch_size=4, # windows in a forward and backward pass
+    checkpoint=False, # recompute each block in the backward pass
+    desc='curvature', # label of the progress bar
+):
+    "Forward and backward passes over the text."
+    (rank, world), blocks = processes(), _checkpointed(model) if checkpoint else []
+    with _listening(model, leaders, add) as state, replaced(blocks):
+        for ids in tqdm(windows.ids[rank::world].split(batch_size), desc=desc, leave=False):
+            if len(ids): _pass(model, ids.to(model.device), state)
+
 # %% ../nbs/50_curvature.ipynb #60984cc2
 def curvature(
     model, # a causal language model in evaluation mode
@@ -190,12 +206,8 @@ def curvature(
     names = _checked_names(model, windows, names)
     leaders = input_leaders(model, names)
     sums = _zeros(model, names, store, dtype)
-    rank, world = processes()
     def add(kind, name, x): sums[kind, name] += gram([x]).to(sums[kind, name])
-    blocks = _checkpointed(model) if checkpoint else []
-    with _listening(model, leaders, add) as state, replaced(blocks):
-        for ids in tqdm(windows.ids[rank::world].split(batch_size), desc=desc, leave=False):
-            if len(ids): _pass(model, ids.to(model.device), state)
+    _passes(model, windows, leaders, add, batch_size, checkpoint, desc)
     _to_means(sums, len(windows)*(windows.seqlen - 1), model.dtype)
     _warn_of_zeros(model, leaders, sums)
     return {n: Factors(sums['A', leaders[n]], sums['G', n]) for n in names}

@@ -657,9 +657,8 @@ def _writing_work(self:Recipe, job):
     return total + (_written(job, _TEMPER_WINDOWS, _TEMPER_WINDOWS, seqlen) + passes + heads)*1
 
 # %% ../nbs/70b_metric.ipynb #rb000004
-from tqdm.auto import tqdm
-from .curvature import _checkpointed, _listening, _pass
-from .walk import gram, processes, summed
+from .curvature import _checked_names, _passes
+from .walk import gram, summed
 
 # %% ../nbs/70b_metric.ipynb #rb000015
 _METRIC_WINDOWS, _METRIC_SEQLEN = 16, 256 # text whose gradients are taken
@@ -676,14 +675,12 @@ def _gradient_moments(
     batch_size=4, # windows in a forward and backward pass
     checkpoint=False, # recompute each block in the backward pass: less memory, a third more work
 ):
-    "Sum of g gᵀ over the tokens, g being the gradient at the output of each linear; float32, (d, d) by name."
+    """Sum of g gᵀ over the tokens, g being the gradient at the output of each linear; float32, (d, d) by name.
+    Raises `ValueError` for a model in training mode and for windows of one token."""
     zeros = lambda W: torch.zeros(len(W), len(W), device=W.device)
-    found, (rank, count) = {n: zeros(weight_of(model.get_submodule(n))) for n in names}, processes()
+    found = {n: zeros(weight_of(model.get_submodule(n))) for n in _checked_names(model, windows, names)}
     def add(kind, name, x): found[name] += gram([x])
-    blocks = _checkpointed(model) if checkpoint else []
-    with _listening(model, dict.fromkeys(names), add) as state, replaced(blocks):
-        for ids in tqdm(windows.ids[rank::count].split(batch_size), desc='gradients', leave=False):
-            if len(ids): _pass(model, ids.to(model.device), state)
+    _passes(model, windows, dict.fromkeys(names), add, batch_size, checkpoint, desc='gradients')
     return {n: summed(G) for n, G in found.items()}
 
 # %% ../nbs/70b_metric.ipynb #rb000018
