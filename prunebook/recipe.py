@@ -174,7 +174,8 @@ class Recipe(Method):
     turn: bool = True # give values the basis of eq. basis before their channels are removed
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); it grows with the text by default (eq. trust), and 0 needs no dense model
     allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units each block loses
-    depth: bool = False # attention or the MLP of a block may go as a whole, at the price that is measured
+    depth: bool = False # attention or the MLP of a block may go as a whole
+    whole_price: float = setting(.5, least=0, most=1, is_a='a share from 0 to 1') # share of its measured damage that a whole part is taken to cost (with depth); the fits behind it repair the rest
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
     metric: Literal['output', 'loss'] = 'output' # what an error costs where units are chosen (eq. metric)
@@ -760,7 +761,7 @@ def _with_whole_parts(self:Recipe, ctx, points):
         curve[0] = 0
         curve *= (torch.arange(n + 1)/n)**self.interaction if shares else 1                # (eq. context)
         curve[max(1, int(self.shares[-1]*n)) + 1:] = float('inf')
-        curve[n] = whole
+        curve[n] = self.whole_price*whole
         damage[c.name] = curve
     return _whole_or_share(ctx.table, damage, ctx.sparsity, ctx.total)
 
