@@ -15,7 +15,7 @@ import gguf, numpy as np, torch
 from torch.nn import functional as F
 from .couplings import anatomy
 from .load import _config_and_class, is_ours
-from .models import MANIFEST, _check_room, _flush, _parents, _small_model_folder
+from .models import MANIFEST, PACKAGED, _check_room, _flush, _parents, packaged_folder
 from .models import check_writable, damage, readable
 from .plan import PrunePlan, check_numbers, write_atomic
 from .sources import _check_names, _saved_names, read_tensor, skeleton, tensor_files
@@ -439,7 +439,7 @@ def export(
     """Write a model folder as a GGUF file that llama.cpp opens; returns an `Exported`.
     Raises `ValueError` for what cannot be written, and `OSError` for a place that cannot, before any work."""
     _check_file(file, overwrite)
-    folder = Path(_small_model_folder() if str(folder) == 'smollm2-135m' else folder)
+    folder = Path(packaged_folder(str(folder)) if str(folder) in PACKAGED else folder)
     if not folder.is_dir(): raise ValueError(f'{folder} is not a model folder here.')
     if quantize not in (None, *FORMATS):
         raise ValueError(f'Unknown format {quantize!r}; there are {", ".join(FORMATS)}.')

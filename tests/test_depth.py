@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,3 +321,18 @@ def test_probes_of_the_recipe_with_depth_have_one_more(tmp_path):
     for depth in (False, True): prune(m, windows(m), Recipe(depth=depth, **QUICK), .3, run=Run(log=str(tmp_path/f'{depth}.json')))
     short, long = (json.loads((tmp_path/f'{d}.json').read_text())['probes'] for d in (False, True))
     assert all(long[n][:-1] == short[n] and long[n][-1][0] == c.n_units//c.groups for n, c in ((c.name, c) for c in Recipe().table(m)))
+
+
+def test_a_whole_part_costs_its_price():
+    "Half the price is the price of half the damage, and for nothing whole parts leave."
+    m = tiny_model('llama')
+    gone = lambda price: [n for n, units in prune(m, windows(m), Recipe(depth=True, whole_price=price, **QUICK), .3)[1].kept.items() if not units]
+    assert len(gone(0.)) > len(gone(1.))
+    table = Recipe(depth=True).table(m)
+    def steps(price, damage):
+        points = {c.name: [(c.n_units//c.groups//2, .01), (c.n_units//c.groups, damage)] for c in table}
+        ctx = SimpleNamespace(table=table, sparsity=.4, total=linears(m))
+        return Recipe(depth=True, whole_price=price)._with_whole_parts(ctx, points)
+    for damage in (.01, .03, .1): assert steps(.5, damage) == steps(1., damage/2)
+    assert steps(.5, .03) != steps(1., .03)
+    with pytest.raises(ValueError, match='whole_price'): Recipe(whole_price=1.5)

