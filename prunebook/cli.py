@@ -123,7 +123,7 @@ def _prune_model(model, out, method, budget, text, run, device, dtype, force, as
 
 # %% ../nbs/99_cli.ipynb #bdfa5efe
 def cmd_prune(
-    model:str, # smollm2-135m, a model folder, or a hub id
+    model:str, # smollm2-135m, gemma3-270m, a model folder, or a hub id
     out:str=None, # folder to make
     method:str='recipe', # pruning method
     sparsity:float=None, # fraction of the parameters of the decoder blocks' linear layers to remove; 0.2 by default
@@ -419,7 +419,7 @@ def _tasks(names, limit):
 
 # %% ../nbs/99_cli.ipynb #7a273feb
 def cmd_eval(
-    model:str, # smollm2-135m, a model folder (pruned or not), or a hub id
+    model:str, # smollm2-135m, gemma3-270m, a model folder (pruned or not), or a hub id
     # evaluation text: wikitext2, passages, a file of text or JSON Lines, or a data set of the hub
     text:str='wikitext2',
     # a beginning-of-text token in front of each window: yes, no, or auto for what the tokenizer does
@@ -482,7 +482,7 @@ def _proposed(net, as_json):
             'Run these lines before prune() in Python; "Add a model family" in the book says how to keep it.')
 
 def cmd_inspect(
-    model:str, # smollm2-135m, a model folder, or a hub id
+    model:str, # smollm2-135m, gemma3-270m, a model folder, or a hub id
     json:store_true=False, # print the result as JSON
     trust_remote_code:store_true=False, # run code that comes with the model
 ):
@@ -514,7 +514,7 @@ def cmd_verify(
 
 # %% ../nbs/99_cli.ipynb #ex990002
 def cmd_export(
-    folder:str, # a folder that `prunebook prune` made, another model folder, or smollm2-135m
+    folder:str, # a folder that `prunebook prune` made, another model folder, smollm2-135m or gemma3-270m
     out:str=None, # file to make
     to:str='gguf', # kind of file; gguf is what llama.cpp reads
     quantize:str=None, # f32, f16, bf16, q8_0, q5_0, q4_1 or q4_0; by default what the folder holds
@@ -535,7 +535,7 @@ def cmd_export(
 # %% ../nbs/99_cli.ipynb #rc990002
 def cmd_recover(
     folder:str, # a folder that `prunebook prune` made
-    teacher:str=None, # the dense model: smollm2-135m, a model folder, or a hub id
+    teacher:str=None, # the dense model: smollm2-135m, gemma3-270m, a model folder, or a hub id
     out:str=None, # folder to make
     # text to train on: wikitext2, passages, random, self (the teacher writes it), a file, or a data set of the hub
     text:str='wikitext2',

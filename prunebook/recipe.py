@@ -337,7 +337,7 @@ def _probes(self:Recipe,
 @patch
 def _probe_key(self:Recipe, ctx):
     "What decides the probes, as plain values."
-    later = ('allocation', 'trust', 'interaction', 'multiple', 'temper')   # what comes after them
+    later = ('allocation', 'trust', 'interaction', 'whole_price', 'multiple', 'temper')   # what comes after them
     added = dict(depth=False, own=0., metric='output')    # settings that files of earlier versions do not have
     what = {k: v for k, v in self.settings().items() if k not in later and (k not in added or v != added[k])}
     return run_key(ctx.source, ctx.windows, **what)

@@ -304,7 +304,7 @@ def test_no_model_and_no_folder(run, tmp_path, folders, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     for args in (['prune', tmp_path/'absent', '--out', tmp_path/'x'], ['eval', tmp_path/'absent'], ['inspect', tmp_path/'absent']):
         code, out, err = run(*args)
-        assert code == 2 and out == '' and 'neither "smollm2-135m" nor a model folder' in error(err)
+        assert code == 2 and out == '' and 'neither "smollm2-135m", "gemma3-270m" nor a model folder' in error(err)
     code, _, err = run('prune', folders['dense'])
     assert code == 2 and '--out' in error(err)
 

@@ -336,3 +336,11 @@ def test_a_whole_part_costs_its_price():
     for damage in (.01, .03, .1): assert steps(.5, damage) == steps(1., damage/2)
     assert steps(.5, .03) != steps(1., .03)
     with pytest.raises(ValueError, match='whole_price'): Recipe(whole_price=1.5)
+
+
+def test_probes_serve_any_price_of_whole_parts(tmp_path, monkeypatch):
+    from prunebook.methods import Run
+    m, log = tiny_model('llama'), Run(log=str(tmp_path/'probes.json'))
+    prune(m, windows(m), Recipe(depth=True, **QUICK), .3, run=log)
+    monkeypatch.setattr(Recipe, '_probes', lambda self, ctx: pytest.fail('measured again'))
+    prune(m, windows(m), Recipe(depth=True, whole_price=0., **QUICK), .3, run=log)
