@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'about', 'results_folder', 'forms_table']
+           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'paired_ratio', 'about', 'results_folder',
+           'forms_table']
 
 # %% ../nbs/65_record.ipynb #r65c0004
 import json
@@ -352,6 +353,18 @@ def on_text(
 ):
     "Dict with `evaluation`, `perplexity`, `losses` and `last_words` of one text; of the main text unless it is another."
     return (record.get('other_texts') or {}).get(text, record)
+
+# %% ../nbs/65_record.ipynb #r65c0081
+def paired_ratio(
+    record, # a record as a dict
+    other, # another one, of the same windows
+    text='wikitext2', # name of an evaluation text
+):
+    """Perplexity of one result as a multiple of another's, and its standard error, paired by window.
+    Raises `ValueError` for different numbers of windows."""
+    losses = lambda r: torch.tensor(on_text(r, text)['losses']['after'], dtype=torch.float64)
+    mean, error = loss_difference(Perplexity(losses(other)), Perplexity(losses(record)))
+    return math.exp(mean), math.exp(mean)*error
 
 # %% ../nbs/65_record.ipynb #r65c0068
 def about(
