@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from itertools import product
@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .couplings import weight_of
@@ -36,7 +35,7 @@ from .curvature import curvature
 from .estimate import estimate
 from .methods import Run, as_method, configured
 from .pruning import prune
-from .models import check_writable, decoder_linears, load_model, n_parameters
+from .models import _locked, check_writable, decoder_linears, load_model, n_parameters
 from .plan import PrunePlan, _versions, model_fingerprint, write_atomic
 from .record import Record, State, machine, portable, side_by_side
 from .record import paired_speed, parts_timed, timed, timed_forward
@@ -393,18 +392,12 @@ class _Children:
 @contextmanager
 def _claimed(path):
     "Whether the file `path` is ours to write, for as long as the context lasts."
-    place = Path(path).with_name(f'.{Path(path).name}.lock')
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place)
-    try: lock.acquire(timeout=0)
-    except NotImplementedError: lock = None                # a file system without locks
-    except Timeout:
-        yield False
-        return
-    try: yield True
-    finally:
-        if os.name != 'nt': place.unlink(missing_ok=True)  # while it is ours
-        if lock: lock.release()
+    with ExitStack() as held:
+        try: held.enter_context(_locked(Path(os.path.abspath(path))))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 # %% ../nbs/80_bench.ipynb #bn16a005
 def _cards():

@@ -264,14 +264,22 @@ def _unwritable(path, e):
     "The error of a path that cannot be written, with a remedy."
     return OSError(f'{path} cannot be written ({getattr(e, "strerror", None) or e}); choose another place.')
 
+def _not_a_folder(path, place):
+    "The error of a path that lies inside of a file."
+    return NotADirectoryError(f'{path} cannot be made: {place} is a file. Choose another place.')
+
+def _again(f, tries=100):
+    "What `f()` returns; it is tried again if a run that ends has removed a folder meanwhile (see `_parents`)."
+    for _ in range(tries - 1):
+        with suppress(FileNotFoundError): return f()
+    return f()
+
 @contextmanager
 def _parents(path):
     "Make the missing parents of `path`; afterwards remove those that are empty."
     missing = [p for p in path.parents if not os.path.lexists(p)]
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as e:
-        wrong = f'{path} cannot be made: {path.parent} is a file. Choose another place.'
-        raise NotADirectoryError(wrong) from e
+    try: _again(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    except FileExistsError as e: raise _not_a_folder(path, path.parent) from e
     except (OSError, ValueError) as e: raise _unwritable(path, e) from e
     try: yield
     finally:
@@ -279,11 +287,12 @@ def _parents(path):
             with suppress(OSError): p.rmdir()
 
 # %% ../nbs/00_models.ipynb #163e2f4b
-def _try_writing(path, probe):
-    "Write a folder `probe` with a file in it, and remove it. Raises `OSError` if that fails."
+def _try_writing(path, probe, name='file'):
+    "Write a folder `probe` with a file `name` in it, and remove it. Raises `OSError` if that fails."
     try:
         probe.mkdir()
-        with open(probe/'file', 'wb') as f:
+        (probe/name).parent.mkdir(parents=True, exist_ok=True)
+        with open(probe/name, 'wb') as f:
             f.write(bytes(2**12))
             f.flush()
             os.fsync(f.fileno())
@@ -312,9 +321,11 @@ def check_writable(
     if os.path.isdir(path): raise IsADirectoryError(f'{path} is a folder; name a file.')
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise PermissionError(f'{path} cannot be written (no permission); choose another place.')
-    with _parents(path):
-        _sweep_file(path)
-        _try_writing(path, path.with_name(f'.{path.name}-{os.getpid()}'))
+    place = next(p for p in path.parents if os.path.lexists(p))
+    if not place.is_dir(): raise _not_a_folder(path, place)
+    _sweep_file(place/path.name)
+    probe = place/f'.{path.name}-{os.getpid()}'            # missing parents are made inside of it: no other run sees them
+    _try_writing(path, probe, path.relative_to(place))
 
 # %% ../nbs/00_models.ipynb #144a306c
 _reserved = set() # lock files that this process holds, with process and thread
@@ -331,7 +342,7 @@ def _locked(target):
         yield
         return
     lock = FileLock(key[0])
-    try: lock.acquire(timeout=0)
+    try: _again(lambda: lock.acquire(timeout=0))           # it makes the parents, too
     except Timeout:
         busy = f'Another run is writing to {target}; wait for it, or choose another folder.'
         raise BlockingIOError(busy) from None

@@ -320,6 +320,24 @@ def test_lock_files_that_come_and_go_still_exclude(tmp_path):
     assert {p.exitcode for p in ps} <= {0, 3} and 0 in {p.exitcode for p in ps} and not list(tmp_path.iterdir())
 
 
+def test_a_parent_that_vanishes_before_the_lock(tmp_path, monkeypatch):
+    vanish = iter([True, True])
+    class Lock(models.FileLock):
+        def acquire(self, **kw):
+            if next(vanish, False): raise FileNotFoundError(errno.ENOENT, 'gone')
+            return super().acquire(**kw)
+    monkeypatch.setattr(models, 'FileLock', Lock)
+    with reserved_folder(tmp_path/'out'/'model') as place: assert reserved(place) and next(vanish, None) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_is_tried_without_the_parents(tmp_path, monkeypatch):
+    seen, fsync = [], os.fsync
+    monkeypatch.setattr(os, 'fsync', lambda f: (seen.append(list(tree(tmp_path))), fsync(f)))
+    check_writable(tmp_path/'out'/'deep'/'log')
+    assert [n.split('/', 1)[1] for n in seen[0] if '/' in n] == ['out', 'out/deep', 'out/deep/log'] and not list(tmp_path.iterdir())
+
+
 # ---- the place is tried before the work -----------------------------------------------------------------------------
 
 def mounted(folder, *options):
