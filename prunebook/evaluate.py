@@ -150,11 +150,12 @@ def speed(
     prompt=256, # tokens of the prompt that is read at once; fewer if the model has fewer positions
     new=16, # tokens written one by one after it
     batch_size=1, # sequences at the same time
-    repeats=5, # timed runs, after one that is not
+    repeats=5, # timed runs
+    warmup=1, # runs before them that are not timed
 ):
     "Tokens per second of prefill and decode: dict of name -> (median, smallest, largest)."
     config = text_config(model)
-    positions = getattr(config, 'max_position_embeddings', None) or prompt + new*(repeats + 1)
+    positions = getattr(config, 'max_position_embeddings', None) or prompt + new*(repeats + warmup)
     prompt = min(prompt, positions - new)
     gen = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (batch_size, prompt), generator=gen).to(model.device)
@@ -163,11 +164,11 @@ def speed(
     def decode():
         for _ in range(new): model(ids[:, :1], **state['past'], use_cache=True)
     seconds = dict(prefill=[], decode=[])
-    for _ in range(repeats + 1):
+    for _ in range(warmup + repeats):
         seconds['prefill'].append(_timed(prefill, model.device))
         seconds['decode'].append(_timed(decode, model.device))
     tokens = dict(prefill=prompt, decode=new)
-    rates = {k: sorted(tokens[k]*batch_size/s for s in seconds[k][1:]) for k in tokens}
+    rates = {k: sorted(tokens[k]*batch_size/s for s in seconds[k][warmup:]) for k in tokens}
     return {k: (statistics.median(v), v[0], v[-1]) for k, v in rates.items()}
 
 # %% ../nbs/02_evaluate.ipynb #220eafcb
@@ -221,7 +222,7 @@ def _lines(m):
 def report_table(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
-    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, smallest, largest)
+    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, low, high)
 ):
     "The two measurements and their ratio, as a Markdown table followed by a sample of both."
     both = zip(_lines(before), _lines(after))
@@ -258,7 +259,7 @@ def plot_report(
     before, # `measure` of the dense model
     after, # `measure` of the pruned model
     title='', # printed above
-    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, smallest, largest)
+    pairs=None, # ratios of their speeds if timed in turn: dict of phase -> (median, low, high)
 ):
     "Bars of the pruned model relative to the dense one; returns the figure."
     import matplotlib.pyplot as plt

@@ -71,11 +71,13 @@ class _Riders:
         key, # what the new one is called
         linear, # second linear of the block of the last step
         W, # its other weight, (d, f); None: it adds nothing
+        also=(), # further pairs of a second linear of that block and its other weight
     ):
         "One more rides along from here."
-        nothing = lambda x: x.new_zeros(*x.shape[:-1], len(weight_of(linear)))
-        change = nothing if W is None else lambda x: F.linear(x, W, linear.bias)
-        with replaced([(linear, change)]): self.states.append(self.run(self.before))
+        nothing = lambda linear: lambda x: x.new_zeros(*x.shape[:-1], len(weight_of(linear)))
+        other = lambda linear, W: lambda x: F.linear(x, W, linear.bias)
+        pairs = [(m, nothing(m) if new is None else other(m, new)) for m, new in [(linear, W), *also]]
+        with replaced(pairs): self.states.append(self.run(self.before))
         self.keys.append(key)
 
 # %% ../nbs/70_recipe.ipynb #rf4a32ae
@@ -175,7 +177,7 @@ class Recipe(Method):
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); it grows with the text by default (eq. trust), and 0 needs no dense model
     allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units each block loses
     depth: bool = False # attention or the MLP of a block may go as a whole
-    whole_price: float = setting(.5, least=0, most=1, is_a='a share from 0 to 1') # share of its measured damage that a whole part is taken to cost (with depth); the fits behind it repair the rest
+    whole_price: float = setting(.7, least=0, most=1, is_a='a share from 0 to 1') # share of its measured damage that a whole part is taken to cost (with depth); the fits in later blocks repair the rest
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
     metric: Literal['output', 'loss'] = 'output' # what an error costs where units are chosen (eq. metric)
@@ -299,7 +301,6 @@ def _trials(self:Recipe, v, wanted=lambda: True):
         keep = v.columns(keep_after(v.coupling, scores, k))
         E = _emptied(W, keep, ridge.restore(W, C, keep, ridge.precision(v.weight)) if self.restore else W[:, keep])
         yield k, (E if back is None else back(E)).to(v.weight)
-    if self.depth and wanted(): yield n, None
 
 # %% ../nbs/70_recipe.ipynb #rec9745b
 @patch
@@ -323,8 +324,9 @@ def _probes(self:Recipe,
     own = lambda: next(number) % count == rank             # each process takes its part of the probes
     for v in replace(ctx, windows=fits).look(Needs(everywhere=True, shared=True), 'probing'):
         if v.part == 'attention': riders.step(v.model.get_submodule(v.stage.block.name), v.layer)
-        if v.coupling is None: continue
         second = v.model.get_submodule(v.second)
+        if self.depth: self._start_whole(v, riders, own)
+        if v.coupling is None: continue
         for k, W in self._trials(v, own): riders.start((v.coupling.name, k), second, W)
     measured, order = [*riders.divergences().items()], [*found]
     if count > 1: measured = gathered(measured)
@@ -500,7 +502,8 @@ def _counts(self:Recipe, c):
 @patch
 def _trials_work(self:Recipe, job, p, level):
     "What is seen in the basis in which units leave, then a fit for each trial."
-    if p.coupling is None: return est.Work()
+    alone = self._alone_work(job, p) if self.depth else est.Work()
+    if p.coupling is None: return alone
     d, f, turned = job.d, p.f, self._turns_at(job, p)
     total = est.gram(job, f) + self._score_work(job, p)
     back = est.linear(f, p.block.value_dim, d)             # columns in another basis
@@ -509,7 +512,7 @@ def _trials_work(self:Recipe, job, p, level):
         left = replace(p, m=f - k*p.coupling.groups*p.coupling.second[1].shape[1])
         if self.restore and left.m: total += est.refit(job, left)*1
         total += back + est.brief(16*d*f) if turned else est.brief(2*job.size*d*f)
-    return total*1
+    return alone + total*1
 
 @patch
 def _curved_work(self:Recipe, job):
@@ -715,6 +718,50 @@ def _metric_work(self:Recipe, job):
     products = est.Work(sum(m.flops for m in moments))
     roots = (est.linear(job.d, job.d, job.d) + est.brief(40*job.d**2))*len(job.table)
     return est.hold(kept) + est.backward(job, read, at_once, seqlen, checkpoint=job.run.lean) + products + roots
+
+# %% ../nbs/72_depth.ipynb #de30c000
+from .stream import cross_gram, solved
+from .walk import gram, outputs_add
+
+# %% ../nbs/72_depth.ipynb #de30c001
+@patch
+@torch.no_grad()
+def _without_attention(self:Recipe, v):
+    "Weight of the second linear of an MLP, fitted to what the MLP and the attention gave together (eq. alone), (d, f)."
+    W, C, R, adds = v.weight, 0, 0, outputs_add(v.model)
+    for (x, attention), seen in zip(v.stage.alone(), v.X):
+        wanted = F.linear(seen, W)
+        if adds: wanted += attention.view_as(wanted)
+        C = C + gram([x])
+        R = R + cross_gram([x], [wanted])
+    return solved(W, v.over_all(C), v.over_all(R), self.ridge_for(v.tokens))
+
+# %% ../nbs/72_depth.ipynb #de30c002
+@patch
+def _fits_behind(self:Recipe, block, part):
+    "Whether a probe of the whole part contains a fit."
+    return self.restore and part == 'attention' and block.has('mlp')
+
+@patch
+def _start_whole(self:Recipe, v, riders, own):
+    "Start the probes of whole parts that can be told at a visit."
+    block, parts = v.stage.block, {c.part: c for c in v.ctx.table if c.layer == v.layer}
+    def start(c, linear, **more): riders.start((c.name, c.n_units//c.groups), v.model.get_submodule(linear), None, **more)
+    if v.part in parts and not self._fits_behind(block, v.part) and own(): start(parts[v.part], v.second)
+    if v.part == 'mlp' and 'attention' in parts and self._fits_behind(block, 'attention'):
+        W = self._without_attention(v).to(v.weight)
+        if own(): start(parts['attention'], block.out, also=[(v.model.get_submodule(v.second), W)])
+
+@patch
+def _alone_work(self:Recipe, job, p):
+    "Inputs of an MLP without the attention, their moments, and a fit."
+    parts = {c.part for c in job.table if c.layer == p.block.layer}
+    if p.part != 'mlp' or 'attention' not in parts or not self._fits_behind(p.block, 'attention'): return est.Work()
+    d, f = job.d, p.f
+    seen = est.forward(job, p, job.tokens, job.seqlen) + est.linear(d, f, job.tokens) + est.activations(job, p, job.batch)
+    sums = est.gram(job, f) + est.cross(job, f, d) + est.brief(4*f*f + 4*f*d)
+    fit = est.solve(f, d, 4 if job.ridge.towards == 'weights' else 3) if job.double else est.linear(f, f, d) + est.brief(4*f*d) + est.solve(f, d, 3, 4)
+    return (seen + sums + fit)*1
 
 # %% ../nbs/72_depth.ipynb #de0d0002
 def _hull(

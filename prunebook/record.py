@@ -139,23 +139,31 @@ def side_by_side(
     main, *others = texts.values() if texts else [{}]
     return {**r, **main, 'other_texts': dict(zip([*texts][1:], others)) or None}
 
+# %% ../nbs/65_record.ipynb #r65s3002
+def _median_interval(values):
+    "Median, and the ends of an interval that holds the true one in 95 % of cases; of fewer than six values, the whole range."
+    ordered, n = sorted(values), len(values)
+    missed = lambda k: 2*sum(math.comb(n, i) for i in range(k))/2**n           # chance that the true median lies outside
+    k = max((k for k in range(1, n//2 + 1) if missed(k) <= .05), default=1)
+    return statistics.median(ordered), ordered[k - 1], ordered[n - k]
+
 # %% ../nbs/65_record.ipynb #c7e8fd5d
 def paired_speed(
     dense, # the model before
     small, # the model after
-    repeats=5, # pairs
+    repeats=5, # pairs, after one that is not counted
     **options, # of `speed`
 ):
-    "Tokens per second `before` and `after`, and their `ratio`: dicts of phase -> (median, smallest, largest)."
+    "Tokens per second `before` and `after`, and their `ratio`: dicts of phase -> `_median_interval`."
     runs = []
-    for _ in tqdm(range(repeats), desc='speed', leave=False):
-        runs.append([speed(m, repeats=1, **options) for m in (dense, small)])
+    for i in tqdm(range(repeats + 1), desc='speed', leave=False):
+        swap = -1 if i % 2 else 1                          # every second pair in the other order
+        runs.append([speed(m, repeats=1, warmup=0, **options) for m in (dense, small)[::swap]][::swap])
     phases = ('prefill', 'decode')
-    before, after = [{k: [pair[i][k][0] for pair in runs] for k in phases} for i in (0, 1)]
+    before, after = [{k: [pair[i][k][0] for pair in runs[1:]] for k in phases} for i in (0, 1)]
     ratio = {k: [a/b for b, a in zip(before[k], after[k])] for k in phases}
-    middle = lambda v: (statistics.median(v), min(v), max(v))
     found = dict(before=before, after=after, ratio=ratio)
-    return {n: {k: middle(v) for k, v in r.items()} for n, r in found.items()}
+    return {n: {k: _median_interval(v) for k, v in r.items()} for n, r in found.items()}
 
 # %% ../nbs/65_record.ipynb #dc3d582e
 def _clock(f, device):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['replaced', 'as_block', 'record_calls', 'through', 'logits_after', 'Stage', 'checked', 'walk', 'cut', 'fast_products',
-           'gram', 'processes', 'summed', 'gathered', 'from_first', 'walk_both', 'drifting']
+           'gram', 'processes', 'summed', 'gathered', 'from_first', 'walk_both', 'outputs_add', 'drifting']
 
 # %% ../nbs/05_walk.ipynb #a71a6da4
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from typing import Callable
 import os, warnings
 import torch
 from torch import distributed, nn
@@ -119,6 +120,7 @@ class Stage:
     level: str = 'second' # whose inputs: of the `first` linears, or of the `second`
     keep: torch.Tensor = None # columns of `X` that the second linear still reads; set it after slicing
     Y: list = None # outputs of the second linear, where the caller knows them already
+    alone: Callable = None # of an MLP: function that yields its inputs if the attention added nothing, and what that added, batch by batch
 
     @property
     def layer(self): return self.block.layer
@@ -211,15 +213,16 @@ def walk(
         if log: log.record(b, states)
 
 # %% ../nbs/05_walk.ipynb #a3c9a894
+def _input(source, module, i, run, pairs):
+    "What `module` reads in batch `i`; nothing behind it is computed."
+    X = []
+    def keep_and_stop(x): X.append(x); raise _Stop
+    run(i, [*pairs, (source.model.get_submodule(module), keep_and_stop)])
+    return X[0]
+
 def _inputs(source, module, n, run, pairs):
-    "What `module` reads in each of `n` batches; nothing behind it is computed."
-    read = source.model.get_submodule(module)
-    def seen(i):
-        X = []
-        def keep_and_stop(x): X.append(x); raise _Stop
-        run(i, [*pairs(i), (read, keep_and_stop)])
-        return X[0]
-    return source.collect(seen(i) for i in range(n))
+    "The same in each of `n` batches."
+    return source.collect(_input(source, module, i, run, pairs(i)) for i in range(n))
 
 def _attention_stage(source, b, n, run):
     "The attention at the inputs of its second linear in `n` batches, and how many outputs it has."
@@ -259,7 +262,7 @@ def _stages(source, b, states, run, firsts, outputs, waiting):
         yield stage
         stage.X.clear()
     # 1. attention up to the input of its second linear
-    A, finished = [], lambda i: []
+    A, finished, alone = [], lambda i: [], None
     if b.has('attention'):
         attention, first_attention = model.get_submodule(b.attention), b.path(b.family.qkv[0])
         if firsts: yield from first('attention', b.out, _inputs(source, first_attention, n, run, lambda i: []))
@@ -271,6 +274,11 @@ def _stages(source, b, states, run, firsts, outputs, waiting):
         stage.X.clear()                                    # whoever still holds the stage
         stage.Y = A
         finished = lambda i: [(attention, _stand_in(attention, A[i], structure))]
+        @torch.no_grad()                                   # whoever iterates over it
+        def alone():
+            for i in range(n):
+                nothing = [(attention, _stand_in(attention, torch.zeros_like(A[i]), structure))]
+                yield _input(source, b.mlp_second, i, run, nothing), A[i]
     # 2. the MLP up to the input of its second linear
     if not b.has('mlp'):
         for i in range(n): states[i] = run(i, finished(i)).to(waiting)
@@ -282,8 +290,9 @@ def _stages(source, b, states, run, firsts, outputs, waiting):
         A.clear()
         yield stage                                        # the block is finished, and holds nothing else
         return
-    stage = checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, b.mlp_second, n, run, finished)))
+    stage = checked(Stage(b, 'mlp', b.mlp_second, _inputs(source, b.mlp_second, n, run, finished), alone=alone))
     yield stage
+    stage.alone = None
     # 3. what is left of the block: norms and additions
     narrow = lambda x: x[..., :b.family.mlp_parts]
     thin = [(model.get_submodule(b.path(p)), narrow) for p in b.family.mlp_firsts]
@@ -427,6 +436,12 @@ def _sums(X, Y, sign, in_place):
     return [add(x.to(y.device), y.view_as(x), alpha=sign) for x, y in zip(X, Y)]
 
 # %% ../nbs/05_walk.ipynb #bk8f69ca
+def outputs_add(
+    model, # a causal language model
+):
+    "Whether the stream is a sum of the outputs of second linears; else a norm comes between, and drift is no sum."
+    return getattr(model.config, 'do_layer_norm_before', True) and family_of(model).adds
+
 # The drift of eq. target: what the stream has lost so far.
 @torch.no_grad()
 def drifting(
@@ -439,8 +454,7 @@ def drifting(
     "Yield each stage, and a list of outputs (batch, seqlen, d) that undo the drift; None for first levels."
     source = as_source(model)
     drift = log.beside('drift').taken() if log else None
-    # else a norm comes between, and drift is no sum
-    adds = getattr(source.model.config, 'do_layer_norm_before', True) and family_of(source.model).adds
+    adds = outputs_add(source.model)
     def aim(old):
         "Outputs of the dense model, plus what the stream has lost."
         if old.level == 'second' and drift is not None: old.Y = _sums(drift, old.Y, 1, old.part == 'mlp')

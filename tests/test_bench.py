@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import threading
 import time
@@ -22,7 +23,7 @@ from prunebook.fasp import FASP, column_scores
 from prunebook.models import load_model
 from prunebook.pruning import prune
 from prunebook.repair import Ridge, damp_for
-from prunebook.record import Record, last_words, paired_speed, quality
+from prunebook.record import Record, _median_interval, last_words, paired_speed, quality
 from prunebook.text import Windows, load_windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -269,6 +270,27 @@ def test_paired_speed_has_order():
     r = paired_speed(model, model, repeats=3, prompt=16, new=2)
     assert r.keys() == {'before', 'after', 'ratio'}
     for median, low, high in [v for side in r.values() for v in side.values()]: assert 0 < low <= median <= high
+
+
+def test_pairs_are_timed_in_both_orders_after_one_that_is_not(monkeypatch):
+    "With rates of our own: what a model has at its turn, and ratios within pairs."
+    calls, rates = [], dict(dense=iter([99., 10., 20., 40., 80.]), small=iter([1., 20., 80., 40., 80.]))
+
+    def speed(model, repeats, warmup, prompt):
+        calls.append(model)
+        r = next(rates[model])
+        return {k: (r, r, r) for k in ('prefill', 'decode')}
+    monkeypatch.setattr('prunebook.record.speed', speed)
+    r = paired_speed('dense', 'small', repeats=4, prompt=3)
+    assert calls == ['dense', 'small', 'small', 'dense']*2 + ['dense', 'small']
+    assert r['ratio']['prefill'] == (1.5, 1., 4.) and r['before']['decode'] == (30., 10., 80.) and r['after']['decode'] == (60., 20., 80.)
+
+
+@pytest.mark.parametrize('n,low,high', [(1, 1, 1), (2, 1, 2), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (20, 6, 15), (40, 14, 27), (50, 18, 33)])
+def test_interval_of_the_median(n, low, high):
+    "Ranks of printed tables, 95 %."
+    values = random.Random(n).sample(range(1, n + 1), n)
+    assert _median_interval(values) == ((n + 1)/2, low, high)
 
 
 # ---- a changed method does not pass for the committed one ------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from test_conformance import PLAIN, UNLIKE, build
 
 from prunebook.cli import main
 from prunebook.conform import check_function, check_method, check_saved, check_streamed, check_tables, check_walk, check_writes, padded_logits
-from prunebook.couplings import anatomy, couplings, slice_units
+from prunebook.couplings import anatomy, couplings, slice_units, weight_of
 from prunebook.depth import WHOLE_PARTS, BlockInfluence, Removal, influences, losses_without
 from prunebook.estimate import estimate
 from prunebook.fasp import FASP
@@ -25,7 +26,9 @@ from prunebook.pruning import prune
 from prunebook.recipe import Recipe, _hull, _whole_or_share
 from prunebook.save import load_pruned, save_pruned
 from prunebook.sources import InMemory
+from prunebook.stream import Context
 from prunebook.text import random_tokens
+from prunebook.walk import outputs_add, replaced
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_modules')
 QUICK = dict(measure_seqlen=12)
@@ -297,6 +300,18 @@ def test_a_part_that_is_worth_nothing_goes_whole():
         assert sparsity <= plan.true_sparsity <= sparsity + max(c.cost*c.groups for c in table)/linears(m) + 1e-9
 
 
+def read(m, ids, linear):
+    "Inputs and outputs of a linear in a forward pass."
+    seen = []
+    handle = linear.register_forward_hook(lambda mod, args, y: seen.extend([args[0], y]))
+    with torch.no_grad(): m(ids)
+    handle.remove()
+    return seen
+
+
+def mute(linear): return replaced([(linear, lambda x: x.new_zeros(*x.shape[:-1], len(weight_of(linear))))])
+
+
 def test_steps_stand_where_they_may():
     m = tiny_model('llama')
     table = Recipe(depth=True).table(m)
@@ -321,6 +336,36 @@ def test_probes_of_the_recipe_with_depth_have_one_more(tmp_path):
     for depth in (False, True): prune(m, windows(m), Recipe(depth=depth, **QUICK), .3, run=Run(log=str(tmp_path/f'{depth}.json')))
     short, long = (json.loads((tmp_path/f'{d}.json').read_text())['probes'] for d in (False, True))
     assert all(long[n][:-1] == short[n] and long[n][-1][0] == c.n_units//c.groups for n, c in ((c.name, c) for c in Recipe().table(m)))
+
+
+@pytest.mark.parametrize('family', [f for f in TINY if all(b.has('mlp') for b in anatomy(tiny_model(f)))])
+def test_an_mlp_makes_up_for_the_attention_before_it(family):
+    "The fit is that of normal equations with inputs and outputs of hooks, and its probe that of a whole pass."
+    m, found = tiny_model(family), {}
+    text, method = windows(m), Recipe(depth=True, **QUICK)
+    ctx = Context(InMemory(m), text, .3, table=method.table(m), total=linears(m))
+    for v in ctx.look():
+        if v.part == 'mlp': found[v.layer] = method._without_attention(v)
+    ids, (fits, seen) = text.ids, method._split(text)
+    riders = {(name, k): d for name, probes in method._probes(ctx).items() for k, d in probes}
+    for b in anatomy(m):
+        out, second = m.get_submodule(b.out), m.get_submodule(b.mlp_second)
+        W, damp = weight_of(second).detach().clone(), method.ridge_for(ids.numel())
+        x, a = read(m, ids, second)[0], read(m, ids, out)[1]
+        with mute(out): alone = read(m, ids, second)[0].flatten(0, -2)
+        wanted = x.flatten(0, -2) @ W.T + (a.flatten(0, -2) if outputs_add(m) else 0)
+        V = damp.solve(alone.T @ alone, alone.T @ (wanted - alone @ W.T)).T + W
+        assert (found[b.layer] - V).norm() < 1e-3*(V - W).norm() + 1e-6
+        name = f'{b.layer}.value_channel'
+        fitted = replace(ctx, windows=fits)
+        V = [method._without_attention(v) for v in fitted.look() if v.part == 'mlp' and v.layer == b.layer][0]
+        p = m(seen).logits.float().log_softmax(-1)
+        old = weight_of(second).data.clone()
+        weight_of(second).data.copy_(V)
+        with mute(out): q = m(seen).logits.float().log_softmax(-1)
+        weight_of(second).data.copy_(old)
+        whole = next(c.n_units//c.groups for c in ctx.table if c.name == name)
+        assert riders[name, whole] == pytest.approx((p.exp()*(p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
 
 
 def test_a_whole_part_costs_its_price():

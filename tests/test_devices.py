@@ -28,7 +28,7 @@ CASES = [
     ('depth2', dict(units=GROUPS, heads='second_moment', form='paper')), ('depth2', dict(units=('query_head',))),
     ('bonsai', dict(evaluations=8, seqlen=12)), ('bonsai', dict(evaluations=8, seqlen=12, restore=True, units=VALUES)),
     ('surgeon', dict(shots=1, correction=2)), ('surgeon', dict(shots=1, cost='tied', restore='tied'), dict(store='cpu', lean=True)),
-    ('recipe', {}), ('recipe', dict(order='greedy', turn=False)), ('recipe', dict(allocation='curvature')), ('recipe', dict(metric='loss', order='greedy')), ('recipe', dict(trust=0., units=GROUPS))]
+    ('recipe', {}), ('recipe', dict(depth=True, whole_price=.3)), ('recipe', dict(order='greedy', turn=False)), ('recipe', dict(allocation='curvature')), ('recipe', dict(metric='loss', order='greedy')), ('recipe', dict(trust=0., units=GROUPS))]
 TEXT = Windows(torch.randint(3, 97, (10, 24), generator=torch.Generator().manual_seed(0)), 'random')
 
 

@@ -33,6 +33,7 @@ CASES = [                                                  # shape, method and s
     ('wide', 'surgeon', dict(shots=2)), ('deep', 'surgeon', dict(shots=1, rounds=1)), ('words', 'surgeon', dict(shots=1, rounds=1)),
     ('wide', 'recipe', {}), ('long', 'recipe', {}), ('flat', 'recipe', {}), ('words', 'recipe', {}), ('heads', 'recipe', {}), ('wide', 'recipe', dict(allocation='uniform')),
     ('thin', 'recipe', dict(restore=False, allocation='uniform')), ('deep', 'recipe', dict(own=4., allocation='uniform')), ('words', 'recipe', dict(temper=True, allocation='uniform')),
+    ('wide', 'recipe', dict(depth=True)), ('long', 'recipe', dict(depth=True)),
     ('wide', 'recipe', dict(order='greedy', allocation='uniform')), ('flat', 'recipe', dict(metric='loss', allocation='uniform'))]
 NAMES = ['-'.join([shape, name, *map(str, settings.values())]) for shape, name, settings in CASES]
 FLOPS, BYTES = 1.04, 1.13                                  # how far a count may be from the estimate
@@ -83,7 +84,7 @@ OPERATIONS = [(cost, n) for n in ('linear', 'attention', 'gram', 'cross', 'solve
 OPERATIONS += [(c, 'before_work') for c in (scores.FLAP, scores.Taylor, bonsai.Bonsai, surgeon.Surgeon, recipe.Recipe)]
 OPERATIONS += [(c, 'visit_work') for c in (cost.Method, scores.FLAP, fasp.FASP, depth2.Depth2, recipe.Recipe)]
 OPERATIONS += [(depth2.Depth2, '_first_work'), (bonsai.Bonsai, '_losses_work'), (surgeon.Surgeon, '_round_work'), (surgeon, 'curvature_work'), (recipe.Recipe, '_trials_work'), (recipe, '_written'),
-               (recipe, '_turn_work'), (recipe, '_basis_work'), (recipe, '_order_work'), (recipe.Recipe, '_metric_work')]
+               (recipe, '_turn_work'), (recipe, '_basis_work'), (recipe, '_order_work'), (recipe.Recipe, '_metric_work'), (recipe.Recipe, '_alone_work')]
 NO_FLOPS = [(cost, 'activations'), (cost, 'checks'), (scores.Magnitude, 'visit_work'), (scores.WandaSp, 'visit_work'), (bonsai.Bonsai, '_prior_work')]
 NO_BYTES = {'linear', 'attention', 'forward', 'forward_blocks', 'head'}
 NUMBERS = ['states', 'inputs', 'kept_activations', 'weights']

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--']
 METHODS = dict(fasp=('fasp', dict(units=('value_channel', 'mlp_channel'))), recipe=('recipe', {}), surgeon=('surgeon', dict(shots=2)),
                bonsai=('bonsai', dict(evaluations=8, seqlen=12)), flap=('flap', {}),
-               loss=('recipe', dict(metric='loss', order='greedy')))
+               loss=('recipe', dict(metric='loss', order='greedy')), depth=('recipe', dict(depth=True, whole_price=.3, measure_seqlen=12)))
 def windows(n=13): return Windows(torch.randint(3, 97, (n, 24), generator=torch.Generator().manual_seed(0)), 'random')
 
 
