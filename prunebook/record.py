@@ -154,7 +154,7 @@ def paired_speed(
     repeats=5, # pairs, after one that is not counted
     **options, # of `speed`
 ):
-    "Tokens per second `before` and `after`, and their `ratio`: dicts of phase -> `_median_interval`."
+    "Tokens per second `before` and `after`, and their `ratio`: dicts of phase -> (median, low, high)."
     runs = []
     for i in tqdm(range(repeats + 1), desc='speed', leave=False):
         swap = -1 if i % 2 else 1                          # every second pair in the other order
