@@ -165,7 +165,7 @@ def _check_entries(where, found, known):
 _GRID = dict(model=str, calibration=dict, evaluation=list, sparsities=list,
             seeds=list, methods=dict) # what a grid file must hold, and of which type
 _ENTRIES = dict(method=str, settings=dict, sparsities=list, seeds=list, calibration=dict, evaluation=list,
-               speed=int, tasks=dict, parts=dict, names=str,
+               dtype=str, speed=int, tasks=dict, parts=dict, names=str,
                preset=str, run=dict) # what a method of a grid may have, and of which type
 _DTYPES = ('float32', 'bfloat16', 'float16')
 _NAMES = '{label}-{sparsity}-{seed}' # what cells are called, if a grid does not say
@@ -270,10 +270,10 @@ def _cells(path, grid, label, m):
     calibration = {**grid['calibration'], **m.get('calibration', {})}
     _check_windows(f'{where}: calibration', calibration)
     _check_evaluation(where, m.get('evaluation', []))
-    own = {k: m.get(k, grid.get(k, default)) for k, default in dict(evaluation=[], speed=5, tasks={}, parts={}, run={}).items()}
+    default = dict(evaluation=[], dtype='float32', speed=5, tasks={}, parts={}, run={})
+    own = {k: m.get(k, grid.get(k, v)) for k, v in default.items()}
     common = dict(label=str(label), method=m.get('method', label), settings=m.get('settings', {}),
-                  preset=m.get('preset'), model=grid['model'], dtype=grid.get('dtype', 'float32'),
-                  calibration=calibration, **own)
+                  preset=m.get('preset'), model=grid['model'], calibration=calibration, **own)
     crossed = product(m.get('sparsities', grid['sparsities']), m.get('seeds', grid['seeds']))
     pattern = m.get('names', grid.get('names', _NAMES))
     if common['method'] == 'dense': crossed, pattern = [(0., 0)], '{label}'
@@ -307,21 +307,23 @@ def _module(method):
     if isinstance(method, Zeroing): return importlib.import_module(_HOMES[method.name])
     return importlib.import_module(type(method).__module__)
 
-def _pruned(model, calibration, cell):
+def _pruned(model, calibration, cell, log=None):
     "The pruned model (`model` itself), its plan, and what it took."
     method = cell.built()
+    resumed = log is not None and Path(log).exists() or None
     forward = timed_forward(model, calibration, share=.25)
     def run():
         if isinstance(method, Zeroing): return method.prune(model, calibration, cell.sparsity)
-        return prune(model, calibration, method, cell.sparsity, inplace=True, run=Run(**cell.run))
+        return prune(model, calibration, method, cell.sparsity, inplace=True, run=Run(log=log and str(log), **cell.run))
     with parts_timed(_module(method), cell.parts) as parts:
         (small, plan), seconds, extra = timed(run, model.device, forward)
     rounds = method.summary() if hasattr(method, 'summary') else None
     parts, rounds = parts or None, rounds or None
-    return small, plan, dict(seconds=seconds, peak_extra_bytes=extra, parts_cpu=parts, rounds=rounds)
+    return small, plan, dict(seconds=seconds, peak_extra_bytes=extra, parts_cpu=parts, rounds=rounds, resumed=resumed)
 
 def run_cell(
     cell, # a `Cell`
+    log=None, # file that keeps what a long method has done, so that an interrupted cell goes on from it
 ):
     "Measure one cell in this process; its `Record`."
     model, tokenizer = load_model(cell.model, dtype=getattr(torch, cell.dtype))
@@ -333,7 +335,7 @@ def run_cell(
         where = dict(versions=_versions(), machine=machine(model), model_fingerprint=model_fingerprint(model))
         states = side_by_side(before, before)
         return Record('dense', portable(cell.model), {}, 0., 0., cell=asdict(cell), **where, **states)
-    small, plan, took = _pruned(copy.deepcopy(model), cut(cell.calibration, seed=cell.seed), cell)
+    small, plan, took = _pruned(copy.deepcopy(model), cut(cell.calibration, seed=cell.seed), cell, log)
     took['speed'] = paired_speed(model, small, cell.speed) if cell.speed else None
     states = side_by_side(before, State.of(small, tokenizer, texts, *asked))
     what = dict(seed=cell.seed, cell=asdict(cell), disk_bytes=_disk_bytes(small, plan), **_zeros(small, plan))
@@ -431,8 +433,11 @@ def one_cell(
     out, # folder of results
     name, # of the cell
 ):
-    "Measure one cell in this process and write its file."
-    write_atomic(Path(out)/f'{name}.json', run_cell(read_grid(grid)[name]).text())
+    "Measure one cell in this process and write its file; goes on from the log of an interrupted one."
+    path = Path(out)/f'{name}.json'
+    log = path.with_suffix('.log')
+    write_atomic(path, run_cell(read_grid(grid)[name], log).text())
+    log.unlink(missing_ok=True)
 
 # %% ../nbs/80_bench.ipynb #f1959c7c
 def bench(

@@ -297,6 +297,7 @@ class Record:
     machine: dict = None # see `machine`
     # at what cost
     seconds: dict = None # wall and CPU, of pruning and of a forward pass over the same tokens, and ratios
+    resumed: bool = None # an interrupted run had done a part of the pruning, which `seconds` does not count
     parts_cpu: dict = None # CPU seconds of parts of the method
     peak_extra_bytes: int = None # at the peak of pruning, above those at the start
     # with what result: `before` and `after`

@@ -154,6 +154,30 @@ def test_runs_once_and_goes_on(folder, written, tmp_path):
     assert a['losses']['before'] == b['losses']['before']
 
 
+def test_an_interrupted_cell_goes_on(folder, written, tmp_path, monkeypatch):
+    "What Bonsai had measured is not measured again; the record says so, and is the same."
+    from prunebook import bonsai
+    path, out = written(grid(folder, methods=dict(bonsai=dict(seeds=[0], settings=dict(evaluations=16))))), tmp_path/'out'
+    measure, runs = bonsai.token_loss, []
+    def counted(*args, **kw):
+        runs.append(1)
+        if len(runs) == dies: raise KeyboardInterrupt
+        return measure(*args, **kw)
+    monkeypatch.setattr(bonsai, 'token_loss', counted)
+    dies = 0
+    whole = run_cell(read_grid(path)['bonsai-0.2-0'])
+    needed, dies = len(runs), len(runs)//2
+    runs.clear()
+    with pytest.raises(KeyboardInterrupt): bench(path, out, 'bonsai*', run=in_process)
+    assert [p.name for p in out.iterdir()] == ['bonsai-0.2-0.log']
+    runs.clear()
+    dies = 0
+    assert bench(path, out, 'bonsai*', run=in_process) == [] and len(runs) < needed
+    r = json.loads((out/'bonsai-0.2-0.json').read_text())
+    assert r['resumed'] and whole.resumed is None and r['losses'] == json.loads(whole.text())['losses']
+    assert [p.name for p in out.iterdir()] == ['bonsai-0.2-0.json']
+
+
 def test_other_settings_are_not_a_result(folder, written, tmp_path):
     out = tmp_path/'results'
     bench(written(grid(folder)), out, 'cut*', run=in_process)
