@@ -685,8 +685,7 @@ class NarrowCache:
         "Add keys and padded values; returns all keys, and all values as the kernel takes them."
         h, v = values.shape[-1], self.seen.narrow['value_dim']
         keys, held = self.cache.update(keys, values[..., :v], *args, **kwargs)
-        fast = values.shape[-2] > 1 or values.dtype == torch.float32   # measured: see the table above
-        self.seen.padded = fast and self.seen.config._attn_implementation == 'sdpa'
+        self.seen.padded = self.seen.config._attn_implementation == 'sdpa'   # measured: see the table above
         return keys, nn.functional.pad(held, (0, h - v)) if self.seen.padded else held
 
     def __getattr__(self, name): return getattr(self.cache, name)
