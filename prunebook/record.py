@@ -397,28 +397,36 @@ def results_folder():
 
 # %% ../nbs/65_record.ipynb #p65c0001
 def forms_table(
-    forms, # names of result files, without ending, by label; the others are compared with the first
-    folder=None, # where the files are; `p1` of `results_folder` by default
+    forms, # what a grid calls each form, by label; the others are compared with the first
+    sparsities=(.2, .5), # shares of the decoder's parameters that leave
+    folder=None, # with files `NAME-SPARSITY.json`; `published` of `results_folder` by default
 ):
-    "Forms of a method as a Markdown table: sparsity, perplexity, and difference in nats from the first, paired by window."
-    folder = results_folder()/'p1' if folder is None else Path(folder)
-    paths = {label: folder/f'{name}.json' for label, name in forms.items()}
-    found = {label: json.loads(p.read_text(encoding='utf-8')) for label, p in paths.items() if p.exists()}
-    first = found.get(next(iter(forms)))
-    rows = [_form_row(label, found.get(label), first) for label in forms]
-    head = '| form | true sparsity | perplexity | precision | loss, compared with the first |\n|---|---|---|---|---|'
+    "Forms of a method as a Markdown table: perplexity, and loss in nats above the dense model and the first form, paired."
+    folder = results_folder()/'published' if folder is None else Path(folder)
+    rows = []
+    for s in sparsities:
+        paths = {label: folder/f'{name}-{s}.json' for label, name in forms.items()}
+        found = {label: json.loads(p.read_text(encoding='utf-8')) for label, p in paths.items() if p.exists()}
+        first = found.get(next(iter(forms)))
+        rows += [_form_row(s, label, found.get(label), first) for label in forms]
+    head = '| sparsity | form | perplexity | loss above dense | above the first form |\n|---|---|---|---|---|'
     return '\n'.join([head, *rows])
 
-def _form_row(label, record, first):
+def _form_row(sparsity, label, record, first):
     "A line of the table."
-    if record is None: return f'| {label} | | not measured | | |'
-    p, dtype = record['perplexity']['after'], record['machine']['dtype']
-    cells = [label, f'{record["true_sparsity"]:.4f}', f'{p["value"]:.2f} ± {p["stderr"]:.2f}', dtype, _paired(record, first)]
+    if record is None: return f'| {sparsity:.0%} | {label} | not measured | | |'
+    p, losses = record['perplexity']['after'], record['losses']
+    cells = [f'{record["true_sparsity"]:.1%}', label, f'{p["value"]:.2f} ± {p["stderr"]:.2f}',
+             _paired(losses['before'], losses['after']), _above(record, first)]
     return f'| {" | ".join(cells)} |'
 
-def _paired(record, first):
-    "By how much the loss is higher than that of the first, in words; nothing where that cannot be said."
-    if first is None or record is first or not (record.get('losses') and first.get('losses')): return ''
-    if record['evaluation'] != first['evaluation'] or record['machine']['dtype'] != first['machine']['dtype']: return ''
-    a, b = (Perplexity(torch.tensor(r['losses']['after'])) for r in (first, record))
+def _paired(before, after):
+    "By how much the losses are higher, in words."
+    a, b = (Perplexity(torch.tensor(losses)) for losses in (before, after))
     return '{:+.3f} ± {:.3f}'.format(*loss_difference(a, b))
+
+def _above(record, first):
+    "By how much the loss is higher than that of the first form, in words; nothing where that cannot be said."
+    if first is None or record is first: return ''
+    if record['evaluation'] != first['evaluation'] or record['machine']['dtype'] != first['machine']['dtype']: return ''
+    return _paired(first['losses']['after'], record['losses']['after'])
