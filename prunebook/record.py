@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['last_words', 'Quality', 'quality', 'State', 'side_by_side', 'paired_speed', 'timed_forward', 'timed', 'parts_timed',
-           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'paired_ratio', 'about', 'results_folder',
-           'forms_table']
+           'machine', 'strict_json', 'portable', 'Record', 'on_text', 'paired_ratio', 'of_shape', 'about',
+           'results_folder', 'forms_table']
 
 # %% ../nbs/65_record.ipynb #r65c0004
+import copy
 import json
 import math
 import platform
@@ -24,6 +25,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 import prunebook
+from .couplings import couplings_of, slice_units
 from .evaluate import Perplexity, continuation, loss_difference, peak_memory, speed, weight_bytes, window_losses
 from .models import decoder_weights, n_parameters
 from .plan import _versions, model_fingerprint
@@ -375,6 +377,18 @@ def paired_ratio(
     mean, error = loss_difference(Perplexity(losses(other)), Perplexity(losses(record)))
     return math.exp(mean), math.exp(mean)*error
 
+# %% ../nbs/65_record.ipynb #r65c0084
+def of_shape(
+    model, # a dense model
+    record, # a record of this model pruned, as a dict
+):
+    "A copy of the model that keeps as many units as the result, in order; of the result it has only size and speed."
+    kept = {}
+    for c in couplings_of(model, record['units_left']):
+        left, of = record['units_left'][c.name]
+        kept[c.name] = [g*of//c.groups + i for g in range(c.groups) for i in range(left//c.groups)]
+    return slice_units(copy.deepcopy(model), kept)
+
 # %% ../nbs/65_record.ipynb #r65c0068
 def about(
     model, # the model that was measured
@@ -401,7 +415,7 @@ def forms_table(
     sparsities=(.2, .5), # shares of the decoder's parameters that leave
     folder=None, # with files `NAME-SPARSITY.json`; `published` of `results_folder` by default
 ):
-    "Forms of a method as a Markdown table: perplexity, and loss in nats above the dense model and the first form, paired."
+    "Forms of a method as a Markdown table: perplexity, and loss in nats above dense and above the first form, paired."
     folder = results_folder()/'published' if folder is None else Path(folder)
     rows = []
     for s in sparsities:
@@ -414,7 +428,7 @@ def forms_table(
 
 def _form_row(sparsity, label, record, first):
     "A line of the table."
-    if record is None: return f'| {sparsity:.0%} | {label} | not measured | | |'
+    if record is None: return f'| {sparsity:.1%} | {label} | not measured | | |'
     p, losses = record['perplexity']['after'], record['losses']
     cells = [f'{record["true_sparsity"]:.1%}', label, f'{p["value"]:.2f} ± {p["stderr"]:.2f}',
              _paired(losses['before'], losses['after']), _above(record, first)]
