@@ -213,6 +213,15 @@ def share(self:Budget,
     check_sparsity(share, table, total)
     return share
 
+@patch
+def decided(self:Budget,
+    model, # a dense causal language model
+    method, # the `Method` that will prune it
+):
+    "The sparsity that meets the budget, and the method with what depends on it decided."
+    share = self.share(model, method)
+    return share, method.at(0. if self.unit == 'speed' else share)   # the table of speeds knows no whole parts
+
 # %% ../nbs/07a_budget.ipynb #b07a0030
 @patch
 def met(self:Budget,

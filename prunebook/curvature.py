@@ -94,8 +94,8 @@ def curvature_bytes(
 
 # %% ../nbs/50_curvature.ipynb #3f805a3c
 def _inputs(module, x):
-    "What the weight of a linear multiplies, a token a row, float32, with a column of ones for the bias."
-    x = x.detach().flatten(0, -2).float()
+    "What the weight of a linear multiplies, a token a row, with a column of ones for the bias."
+    x = x.detach().flatten(0, -2)
     if module.bias is None: return x                       # (tokens, in)
     return torch.cat([x, x.new_ones(len(x), 1)], 1)        # (tokens, in + 1)
 

@@ -535,7 +535,7 @@ def estimate(
     streamed=False, # from disk to disk, with one block in memory at a time
 ):
     "Dict of `bytes` of tensors at the widest point, with the model; `flops`; `forward_flops` of one pass."
-    method = as_method(method)
+    method = as_method(method).at(sparsity)
     read = method.read_tokens(tokens, min(seqlen, tokens))
     job = Job(model, method, read, sparsity, Run() if run is None else run, min(seqlen, tokens), streamed)
     models = opened(job) if streamed else hold(weights(model)*(1 if inplace else 2))

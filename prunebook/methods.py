@@ -184,6 +184,8 @@ def ridge_for(self:Method, tokens):
 @patch
 def run(self:Method, ctx): return ctx.stream(self)          # one stream; methods of several rounds override it
 @patch
+def at(self:Method, sparsity): return self                 # with what depends on the sparsity decided
+@patch
 def only_slices(self:Method): return not self.restore       # whether it changes no weight that stays
 @patch
 def parameters_left(self:Method, ctx): return ctx.linears() # of the decoder blocks' linears, after the run
@@ -198,7 +200,7 @@ def check(self:Method):
     if isinstance(self.multiple, dict) and (unknown := set(self.multiple) - set(self.units)):
         raise ValueError(f'multiple names {min(unknown)}, but the units are {", ".join(self.units)}.')
     known = [UNITS[k] for k in self.units if k in UNITS]
-    if self.multiple != 1 and not isinstance(self.multiple, dict) and known and all(u.part != 'mlp' for u in known):
+    if self.multiple not in (None, 1) and not isinstance(self.multiple, dict) and known and all(u.part != 'mlp' for u in known):
         raise ValueError(f'multiple is {self.multiple!r}, a width of the MLP, but the units are '
                          f'{", ".join(self.units)}; name the kind, for example {{"{known[0].name}": 8}}.')
 
@@ -226,7 +228,7 @@ def multiple_of(self:Method,
 ):
     "As many units stay in each group as a multiple of this, or all."
     if isinstance(self.multiple, dict): return self.multiple.get(unit.name, 1)
-    return self.multiple if unit.part == 'mlp' else 1      # heads are few, and small
+    return self.multiple or 1 if unit.part == 'mlp' else 1  # heads are few, and small
 
 @patch
 def settings(self:Method):

@@ -61,7 +61,7 @@ def _prune_model(model, calibration, method, budget, inplace, run):
     total = n_parameters(decoder_weights(model).values())
     if calibration is not None: calibration.check(model)
     check_finite(model)
-    sparsity = budget.share(model, method)
+    sparsity, method = budget.decided(model, method)
     if calibration is None: calibration = method.own_windows(model)
     method.check_text(method.table(model), calibration)
     units = {c.name: c.n_units for c in couplings(model, method.units)}
@@ -322,7 +322,7 @@ def _untouched(source, units):
 def _stream_into(source, calibration, method, budget, run):
     "Prune a checkpoint into files beside the output; the plan."
     total = n_parameters(decoder_weights(source.model).values())
-    sparsity = budget.share(source.model, method)
+    sparsity, method = budget.decided(source.model, method)
     method.check_text(method.table(source.model), calibration)
     units = {c.name: c.n_units for c in couplings(source.model, method.units)}
     key = run_key(source, calibration, method=method.name, settings=method.settings(), sparsity=sparsity)

@@ -172,11 +172,12 @@ class Recipe(Method):
     "FASP's score, shares from measured divergence, and a repair that steers back to the dense stream: what this book found to keep most without training."
     name = 'recipe'
     units: tuple[str, ...] = setting(('value_channel', 'mlp_channel'), is_a='a tuple of kinds') # kinds of units
+    multiple: int | dict[str, int] = setting(None, least=1, is_a='a number, or a dict of kind of unit -> number') # widths are multiples: of the MLP, or of the kinds named; by default of 32 where there are 64 channels or more together
     restore: bool = True # re-fit the kept columns by least squares
     turn: bool = True # give values the basis of eq. basis before their channels are removed
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); it grows with the text by default (eq. trust), and 0 needs no dense model
     allocation: Literal['measured', 'curvature', 'uniform'] = 'measured' # how many units each block loses
-    depth: bool = False # attention or the MLP of a block may go as a whole
+    depth: bool = setting(None, is_a='True or False') # attention or the MLP of a block may go as a whole; by default from a sparsity of a third on, where shares are measured, without `own` and with the metric of outputs
     whole_price: float = setting(.7, least=0, most=1, is_a='a share from 0 to 1') # share of its measured damage that a whole part is taken to cost (with depth); the fits in later blocks repair the rest
     uniform: bool = False # widths that plain `transformers` loads: the same share of every block, whole value heads
     order: Literal['fasp', 'greedy', 'magnitude'] = 'fasp' # which of them: by FASP's score, `greedy` (eq. greedy), or by the `magnitude` of their columns
@@ -223,6 +224,27 @@ def _make_uniform(self:Recipe):
     other = dict(units='value_channel' in self.units, allocation=self.allocation != 'uniform', spare=any(self.spare))
     if wrong := next((k for k, bad in other.items() if bad), None):
         raise ValueError(f'{wrong} is {getattr(self, wrong)!r}, which makes blocks differ; leave out {wrong} or uniform.')
+
+# %% ../nbs/70_recipe.ipynb #rd700002
+_DEPTH_FROM = 1/3 # sparsity from which whole parts may leave by default
+
+def _usual_multiple(c):
+    "Of what the widths of a coupling are multiples by default: of 32 for channels, where that leaves a choice."
+    return 32 if c.kind in ('mlp_channel', 'value_channel') and c.n_units//c.groups >= 64 else 1
+
+@patch
+def at(self:Recipe, sparsity):
+    "The recipe with `depth` decided."
+    if self.depth is not None: return self
+    usual = self.allocation == 'measured' and self.metric == 'output' and not self.own
+    return replace(self, depth=usual and sparsity >= _DEPTH_FROM)
+
+@patch
+def table(self:Recipe, model, units=None):
+    "The couplings of all blocks that are not in `spare`; with `depth`, all of their units may leave."
+    found = super(Recipe, self).table(model, units)
+    if self.multiple is None and not self.uniform: found = [replace(c, multiple=_usual_multiple(c)) for c in found]
+    return [replace(c, least=0) for c in found] if self.depth else found
 
 # %% ../nbs/70_recipe.ipynb #c51ce5a8
 def _adapted(
@@ -339,8 +361,8 @@ def _probes(self:Recipe,
 @patch
 def _probe_key(self:Recipe, ctx):
     "What decides the probes, as plain values."
-    later = ('allocation', 'trust', 'interaction', 'whole_price', 'multiple', 'temper')   # what comes after them
-    added = dict(depth=False, own=0., metric='output')    # settings that files of earlier versions do not have
+    later = ('allocation', 'trust', 'interaction', 'whole_price', 'multiple', 'temper', 'depth')   # what comes after them, or is there beside them
+    added = dict(own=0., metric='output')                 # settings that files of earlier versions do not have
     what = {k: v for k, v in self.settings().items() if k not in later and (k not in added or v != added[k])}
     return run_key(ctx.source, ctx.windows, **what)
 
@@ -360,12 +382,21 @@ def _read_probes(file, key, table):
     return probes
 
 @patch
+def _usable(self:Recipe, probes, table):
+    "Probes without those of whole parts; with `depth`, all of them, or None if those of whole parts are missing."
+    all_of = {c.name: c.n_units//c.groups for c in table}
+    if self.depth: return probes if all(probes[n] and probes[n][-1][0] == k for n, k in all_of.items()) else None
+    return {n: [p for p in points if p[0] != all_of.get(n)] for n, points in probes.items()}
+
+@patch
 def _kept_probes(self:Recipe, ctx):
     "Probes from the log of the run, or measured and written there. Raises `ValueError` for a log of another run."
     file = ctx.run.log
     if file is None: return self._probes(ctx)
     key = self._probe_key(ctx)
-    if Path(file).exists(): return _read_probes(file, key, ctx.table)
+    if Path(file).exists():
+        found = self._usable(_read_probes(file, key, ctx.table), ctx.table)
+        if found: return found                             # otherwise they are measured again, with whole parts
     found = self._probes(ctx)
     if ctx.processes[0] == 0: write_atomic(file, json.dumps(dict(key=key, probes=found), allow_nan=False))
     return found
@@ -811,9 +842,3 @@ def _with_whole_parts(self:Recipe, ctx, points):
         curve[n] = self.whole_price*whole
         damage[c.name] = curve
     return _whole_or_share(ctx.table, damage, ctx.sparsity, ctx.total)
-
-@patch
-def table(self:Recipe, model, units=None):
-    "The couplings of all blocks that are not in `spare`; with `depth`, all of their units may leave."
-    found = super(Recipe, self).table(model, units)
-    return [replace(c, least=0) for c in found] if self.depth else found

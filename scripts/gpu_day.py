@@ -421,12 +421,13 @@ def speed_smollm2(day, record):
 
 # ---- SmolLM2 under the protocol ----------------------------------------------------------------------------------------------
 
+WIDTH = dict(depth=False, multiple=1)                      # the recipe as in the rows of p1.yml
 P1 = {
-    'fasp-0.2': ('fasp', dict(units=MLP, damp=.01), .2), 'recipe-0.2': ('recipe', {}, .2), 'depth2-0.2': ('depth2', {}, .2),
+    'fasp-0.2': ('fasp', dict(units=MLP, damp=.01), .2), 'recipe-0.2': ('recipe', WIDTH, .2), 'depth2-0.2': ('depth2', {}, .2),
     'surgeon-0.2': ('surgeon', dict(shots=4, rounds=2, fresh=True), .2), 'bonsai-0.2': ('bonsai', dict(restore=True), .2),
     'flap-0.2': ('flap', {}, .2), 'wanda_sp-0.2': ('wanda_sp', {}, .2), 'taylor-0.2': ('taylor', dict(units=MLP, spare=(4, 2)), .2),
     'fasp-0.3': ('fasp', dict(units=MLP, damp=.01), .3), 'fasp-0.5': ('fasp', dict(units=MLP, damp=.01), .5),
-    'recipe-0.3': ('recipe', {}, .3), 'recipe-0.5': ('recipe', {}, .5)}  # method, settings and sparsity
+    'recipe-0.3': ('recipe', WIDTH, .3), 'recipe-0.5': ('recipe', WIDTH, .5)}  # method, settings and sparsity
 
 
 @cache

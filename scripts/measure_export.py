@@ -22,7 +22,7 @@ from prunebook.save import load_pruned, save_pruned
 from prunebook.text import load_windows
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'/'export'/'quantized.json'
-QUICK = dict(shares=(.5,), measure_windows=2, measure_seqlen=128)    # one probe of each block
+QUICK = dict(shares=(.5,), measure_windows=2, measure_seqlen=128, depth=False, multiple=1)    # one probe of each block, any width
 METHODS = dict(fasp=FASP(), recipe_mlp=Recipe(units=('mlp_channel',), **QUICK), recipe=Recipe(**QUICK))
 FORMATS = ('q8_0', 'q4_0')
 CELLS = [('dense', 0, ('bf16', 'q8_0', 'q5_0', 'q4_1', 'q4_0')), *((m, s, FORMATS) for s in (.2, .3, .1) for m in METHODS), ('recipe_mlp', .47, FORMATS)]

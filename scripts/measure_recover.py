@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from prunebook.methods import as_method
+from prunebook.methods import configured
 from prunebook.models import load_model
 from prunebook.plan import write_atomic
 from prunebook.pruning import prune
@@ -59,6 +59,7 @@ class Cell:
         return f'{self.method}-{self.sparsity}-{self.form}-{long}-{self.seed}' + ('' if self.model == 'smollm2-135m' else f'-{Path(self.model).name}')
 
 
+SETTINGS = dict(recipe=dict(depth=False, multiple=1))      # as in the rows of p1.yml
 EVERY = [Cell(m, s, 'lora', minutes, seed) for m in ('recipe', 'fasp') for s in (.2, .3, .5) for minutes in (5, 20, 60) for seed in (0, 1)]
 EVERY += [Cell('recipe', .3, form, minutes) for form in ('all', 'labels', 'own', 'blocks') for minutes in (20, 60)]
 EVERY += [Cell('recipe', .2, 'fast', 5)]
@@ -74,7 +75,7 @@ def pruned(dense, tokenizer, cell, work):
     "The pruned model and its plan; made once, then loaded."
     folder = work/f'{Path(cell.model).name}-{cell.method}-{cell.sparsity}'
     if not folder.exists():
-        small, plan = prune(dense, load_windows('wikitext2', dense, tokenizer, 64, SEQLEN), as_method(cell.method), cell.sparsity)
+        small, plan = prune(dense, load_windows('wikitext2', dense, tokenizer, 64, SEQLEN), configured(cell.method, SETTINGS.get(cell.method, {})), cell.sparsity)
         save_pruned(small, plan, folder, tokenizer)
     small, _, plan = load_pruned(folder, device=dense.device, dtype=dense.dtype)
     return small, plan

@@ -324,10 +324,25 @@ def test_steps_stand_where_they_may():
         assert sum(c.freed(c.groups*steps[c.name]) for c in table) >= sparsity*total - 1e-6
 
 
-def test_the_recipe_without_depth_is_what_it_was():
-    assert Recipe().settings()['depth'] is False and all(c.least == 1 for c in Recipe().table(tiny_model('llama')))
+def test_whole_parts_may_leave_from_a_third_on():
+    assert all(c.least == 1 for c in Recipe().table(tiny_model('llama')))
+    assert [Recipe().at(s).depth for s in (0, .2, .33, .34, .5)] == [False, False, False, True, True]
+    assert Recipe(depth=False).at(.5).depth is False and Recipe(depth=True).at(.1).depth is True
+    for other in (dict(allocation='uniform'), dict(uniform=True), dict(own=.5), dict(metric='loss')): assert Recipe(**other).at(.5).depth is False
+    m = tiny_model('llama')
+    assert [prune(m, windows(m), Recipe(**QUICK), s)[1].settings['depth'] for s in (.3, .4)] == [False, True]
+    plan = prune(m, windows(m), Recipe(**QUICK), parameters=.7*sum(p.numel() for p in m.parameters()))[1]
+    assert plan.settings['depth'] == (plan.sparsity >= 1/3)
     with pytest.raises(ValueError, match='depth needs the measured allocation'): Recipe(depth=True, allocation='uniform')
     assert configured('recipe', dict(depth=True)).depth
+
+
+def test_a_budget_of_speed_removes_no_whole_parts_unless_asked(monkeypatch):
+    from prunebook import budget
+    monkeypatch.setattr(budget.Budget, 'share', lambda self, model, method: .5)
+    assert not budget.Budget(speed=1.3).decided(tiny_model('llama'), Recipe())[1].depth
+    assert budget.Budget(speed=1.3).decided(tiny_model('llama'), Recipe(depth=True))[1].depth
+    assert budget.Budget(.5).decided(tiny_model('llama'), Recipe())[1].depth
 
 
 def test_probes_of_the_recipe_with_depth_have_one_more(tmp_path):
@@ -336,6 +351,29 @@ def test_probes_of_the_recipe_with_depth_have_one_more(tmp_path):
     for depth in (False, True): prune(m, windows(m), Recipe(depth=depth, **QUICK), .3, run=Run(log=str(tmp_path/f'{depth}.json')))
     short, long = (json.loads((tmp_path/f'{d}.json').read_text())['probes'] for d in (False, True))
     assert all(long[n][:-1] == short[n] and long[n][-1][0] == c.n_units//c.groups for n, c in ((c.name, c) for c in Recipe().table(m)))
+
+
+def test_one_log_serves_runs_with_and_without_whole_parts(tmp_path, monkeypatch):
+    from prunebook.methods import Run
+    m, log = tiny_model('llama'), Run(log=str(tmp_path/'probes.json'))
+    kept = lambda depth, run=None: prune(m, windows(m), Recipe(depth=depth, **QUICK), .4, run=run)[1].kept
+    assert kept(False, log) == kept(False)
+    assert kept(True, log) == kept(True)                   # measured again, with whole parts, and written
+    monkeypatch.setattr(Recipe, '_probes', lambda self, ctx: pytest.fail('measured again'))
+    assert kept(True, log) != kept(False, log)
+    monkeypatch.undo()
+    assert kept(False, log) == kept(False)
+
+
+def test_widths_of_the_recipe_are_multiples_of_32():
+    m = tiny_model('llama', hidden_size=256, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, head_dim=64)
+    assert {(c.kind, c.multiple) for c in Recipe().table(m)} == {('value_channel', 32), ('mlp_channel', 32)}
+    assert {c.multiple for c in Recipe().table(tiny_model('llama'))} == {1}
+    assert {c.multiple for c in Recipe(multiple=1).table(m)} == {c.multiple for c in Recipe(uniform=True).table(m)} == {1}
+    assert {c.multiple for c in Recipe(units=('kv_group',)).table(m)} == {1}
+    _, plan = prune(m, windows(m), Recipe(**QUICK), .3)
+    kinds = {n: (len(k), 2 if n.endswith('value_channel') else 1) for n, k in plan.kept.items()}
+    assert all(k % (32*groups) == 0 for k, groups in kinds.values()) and any(k < 128 for k, _ in kinds.values())
 
 
 @pytest.mark.parametrize('family', [f for f in TINY if all(b.has('mlp') for b in anatomy(tiny_model(f)))])

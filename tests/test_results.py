@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prunebook.bench import _module, finished, read_grid
+from prunebook.methods import METHODS, configured
 from prunebook.record import Record, parts_timed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,3 +98,15 @@ def test_peaks_belong_to_cells_of_their_script():
     assert found and set(found) <= set(module.CELLS)
     plain = lambda settings: json.loads(json.dumps(settings))
     assert all(r['method'] == module.CELLS[n][1] and r['settings'] == plain(module.METHODS[r['method']]) for n, r in found.items())
+
+
+@pytest.mark.parametrize('grid', GRIDS)
+def test_a_result_has_the_settings_that_its_grid_means_now(grid):
+    "A default that changes later does not change what a row of a grid is."
+    for cell in GRIDS[grid].values():
+        record = finished(cell, RESULTS/grid)
+        if record is None or cell.method not in METHODS: continue
+        now = configured(cell.method, cell.settings, cell.preset).at(cell.sparsity).settings()
+        unused = {'seed', *(['whole_price'] if not now.get('depth') else [])}
+        other = {k: (v, now[k]) for k, v in record['settings'].items() if k in now and now[k] != v and k not in unused}
+        assert not other, (cell.name, other)
