@@ -396,7 +396,7 @@ def _kept_probes(self:Recipe, ctx):
     key = self._probe_key(ctx)
     if Path(file).exists():
         found = self._usable(_read_probes(file, key, ctx.table), ctx.table)
-        if found: return found                             # otherwise they are measured again, with whole parts
+        if found is not None: return found                 # otherwise they are measured again, with whole parts
     found = self._probes(ctx)
     if ctx.processes[0] == 0: write_atomic(file, json.dumps(dict(key=key, probes=found), allow_nan=False))
     return found
