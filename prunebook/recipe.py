@@ -172,7 +172,7 @@ class Recipe(Method):
     "FASP's score, shares from measured divergence, and a repair that steers back to the dense stream: what this book found to keep most without training."
     name = 'recipe'
     units: tuple[str, ...] = setting(('value_channel', 'mlp_channel'), is_a='a tuple of kinds') # kinds of units
-    multiple: int | dict[str, int] = setting(None, least=1, is_a='a number, or a dict of kind of unit -> number') # widths are multiples: of the MLP, or of the kinds named; by default of 32 where there are 64 channels or more together
+    multiple: int | dict[str, int] = setting(None, least=1, is_a='a number, or a dict of kind of unit -> number') # widths are multiples: of the MLP, or of the kinds named; by default of 32 in an MLP of 256 channels or more, and for values of 64 or more
     restore: bool = True # re-fit the kept columns by least squares
     turn: bool = True # give values the basis of eq. basis before their channels are removed
     trust: float = setting(None, least=0, most=1, is_a='a share from 0 to 1') # share λ of the dense stream in the targets of the fits (eq. target); it grows with the text by default (eq. trust), and 0 needs no dense model
@@ -227,10 +227,11 @@ def _make_uniform(self:Recipe):
 
 # %% ../nbs/70_recipe.ipynb #rd700002
 _DEPTH_FROM = 1/3 # sparsity from which whole parts may leave by default
+_ROUND_FROM = dict(mlp_channel=256, value_channel=64) # channels together from which widths are multiples by default
 
 def _usual_multiple(c):
-    "Of what the widths of a coupling are multiples by default: of 32 for channels, where that leaves a choice."
-    return 32 if c.kind in ('mlp_channel', 'value_channel') and c.n_units//c.groups >= 64 else 1
+    "Of what the widths of a coupling are multiples by default: of 32 where there are many channels."
+    return 32 if c.n_units//c.groups >= _ROUND_FROM.get(c.kind, float('inf')) else 1
 
 @patch
 def at(self:Recipe, sparsity):

@@ -12,6 +12,7 @@ from prunebook.methods import METHODS, Method, as_method, configured
 from prunebook.models import TINY, decoder_linears, n_parameters
 from prunebook.plan import check_multiples, check_sparsity, global_steps, rungs, uniform_steps
 from prunebook.pruning import prune
+from prunebook.recipe import Recipe
 from prunebook.text import random_tokens
 from helpers import tiny_model
 
@@ -137,6 +138,14 @@ def test_a_number_is_for_the_mlp_and_kinds_are_named_in_a_dict():
     number, named = FASP(units=VALUES, multiple=8).table(model), FASP(units=VALUES, multiple=dict(value_channel=4)).table(model)
     assert {(c.kind, c.multiple) for c in number} == {('mlp_channel', 8), ('value_channel', 1)}
     assert {(c.kind, c.multiple) for c in named} == {('mlp_channel', 1), ('value_channel', 4)}
+
+
+@pytest.mark.parametrize('channels, head, expected', [(252, 60, (1, 1)), (256, 64, (32, 32))])
+def test_the_recipe_takes_multiples_where_there_are_many_channels(channels, head, expected):
+    "A third of a narrow MLP is too coarse a step."
+    model = tiny_model('llama', intermediate_size=channels, head_dim=head)
+    found = {c.kind: c.multiple for c in Recipe().table(model)}
+    assert (found['mlp_channel'], found['value_channel']) == expected
 
 
 @pytest.mark.parametrize('wrong, said', [(0, 'multiple is 0'), (True, 'multiple is True'), (8., 'multiple is 8.0'), ({'mlp_channel': 0}, 'multiple is'),
